@@ -1,0 +1,167 @@
+"""Promises 4 and 5: saved at 2 workers, loaded at 1, 2, 3 and 4; bit-equal at the same size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_shards.sampler import Sampler
+from data_shards.storage import Storage
+from tests.integration.test_exactness import ADAMW, full_weights, make_engine
+from tests.support.distributed import run_workers
+from tests.support.plain_loop import plain_run
+from tests.support.tiny import ragged_packs, save_tiny_model
+from trainer import checkpoint
+from trainer.checkpoint_manifest import CheckpointManifest, Progress
+from trainer.config import Method
+from trainer.errors import CheckpointCorrupt
+from trainer.step import row_digest, train_step
+
+STEPS, SAVED_AT = 40, 15
+PACKS = ragged_packs(19, seed=3)
+SAMPLER = Sampler(num_rows=19, seed=5, global_batch=6, total_rows=6 * STEPS)
+DRAFT = CheckpointManifest(
+    attempt="a1",
+    created="2026-01-01T00:00:00Z",
+    world_size=0,
+    parameters=(),
+    optimizer={"name": "adamw"},
+    progress=Progress(step=SAVED_AT, rows_consumed=SAVED_AT * 6),
+    fingerprint="f",
+    base="b",
+    config={},
+    versions={},
+    files=(),
+)
+
+
+def train(base: str, root: str, *, start: int, stop: int, micro_batch: int, **options: Any) -> Any:
+    """Steps [start, stop), from the checkpoint in ``root`` when start > 0; saves there when it stops early."""
+    engine = make_engine(base, ADAMW, **options)
+    checkpoints = Storage.at(root)
+    if start:
+        checkpoint.load(engine, checkpoints, checkpoint.committed(checkpoints)[-1])
+    results = [
+        train_step(
+            engine,
+            PACKS,
+            SAMPLER.rows_of_step(step),
+            step=step,
+            seed=5,
+            micro_batch_size=micro_batch,
+            learning_rate=ADAMW.lr,
+        )
+        for step in range(start, stop)
+    ]
+    if stop < STEPS:
+        checkpoint.save(engine, checkpoints, DRAFT)
+    return results, full_weights(engine)
+
+
+def phases(base: str, root: str, start: int, stop: int, micro_batch: int, options: dict[str, Any]) -> Any:
+    return train(base, root, start=start, stop=stop, micro_batch=micro_batch, **options)
+
+
+def load_error(base: str, root: str) -> str:
+    engine = make_engine(base, ADAMW)
+    try:
+        checkpoint.load(engine, Storage.at(root), checkpoint.committed(Storage.at(root))[-1])
+    except CheckpointCorrupt as error:
+        return f"{error.checkpoint}: {error.problem}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("base"), attention_dropout=0.2))
+
+
+@pytest.fixture(scope="module")
+def smooth_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("smooth")))
+
+
+@pytest.fixture(scope="module")
+def saved(smooth_base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
+    """A checkpoint of step 15 by 2 workers, and the results of the run that was left alone."""
+    root = str(tmp_path_factory.mktemp("checkpoints"))
+    whole = run_workers(phases, 2, smooth_base, root, 0, STEPS, 2, {})[0][0]
+    run_workers(phases, 2, smooth_base, root, 0, SAVED_AT, 2, {})
+    return root, whole
+
+
+@pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
+def test_same_size_is_bit_equal_even_with_dropout(base: str, tmp_path: Path, method: Method) -> None:
+    options = {"method": method}
+    whole, weights = run_workers(phases, 2, base, str(tmp_path), 0, STEPS, 2, options)[0]
+    run_workers(phases, 2, base, str(tmp_path), 0, SAVED_AT, 2, options)
+    resumed, again = run_workers(phases, 2, base, str(tmp_path), SAVED_AT, STEPS, 2, options)[0]
+    assert [r.loss for r in resumed] == [r.loss for r in whole[SAVED_AT:]]
+    assert [r.grad_norm for r in resumed] == [r.grad_norm for r in whole[SAVED_AT:]]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def plain_drift(base: str) -> np.ndarray:
+    """How far plain PyTorch itself drifts when its micro batch is split differently: relative, per step."""
+
+    def make(model: Any) -> torch.optim.Optimizer:
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() == 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=ADAMW.lr, betas=ADAMW.betas)
+
+    batches = [[PACKS.pack(int(row)) for row in SAMPLER.rows_of_step(step)] for step in range(STEPS)]
+    losses = [
+        np.array(plain_run(Path(base), batches, make, ADAMW.max_grad_norm, micro_batch=size).losses)
+        for size in (1, 2, 3, 6)
+    ]
+    return np.max([np.abs(other / losses[0] - 1) for other in losses[1:]], axis=0)
+
+
+def test_another_size_goes_on_with_the_same_rows(smooth_base: str, saved: tuple[str, list[Any]]) -> None:
+    root, whole = saved
+    allowed = 3 * plain_drift(smooth_base).max()
+    expected = np.array([r.loss for r in whole[SAVED_AT:]])
+    for world_size in (1, 3, 4):
+        resumed = run_workers(phases, world_size, smooth_base, root, SAVED_AT, STEPS, 2, {})[0][0]
+        for step, result in enumerate(resumed, SAVED_AT):
+            rows = SAMPLER.rows_of_step(step)
+            assert result.rows_digest == sum(row_digest(int(row)) for row in rows) == whole[step].rows_digest
+        drift = np.abs(np.array([r.loss for r in resumed]) / expected - 1)
+        print(f"2 -> {world_size} workers: drift {drift.max():.1e} (allowed {allowed:.1e}), final {drift[-1]:.1e}")
+        assert drift.max() <= allowed
+        assert drift[-1] <= 1e-5
+
+
+def test_flipped_bit_is_named(smooth_base: str, saved: tuple[str, list[Any]]) -> None:
+    root = saved[0]
+    victim = next(Path(root).glob("*/rank-00001.safetensors"))
+    original = victim.read_bytes()
+    damaged = bytearray(original)
+    damaged[len(damaged) // 2] ^= 4
+    victim.write_bytes(damaged)
+    try:
+        message = run_workers(load_error, 1, smooth_base, root)[0]
+    finally:
+        victim.write_bytes(original)
+    assert "rank-00001.safetensors" in message and "does not match its hash" in message
+    assert run_workers(load_error, 1, smooth_base, root)[0] == ""
+
+
+def test_no_manifest_no_checkpoint(saved: tuple[str, list[Any]]) -> None:
+    storage = Storage.at(saved[0])
+    name = storage.list()[0]
+    manifest = Path(saved[0], name, "manifest.json")
+    original = manifest.read_bytes()
+    bad: list[str] = []
+    for damaged in (original[: len(original) // 2], original.replace(b'"step": 15', b'"step": 16'), b""):
+        manifest.write_bytes(damaged)
+        assert checkpoint.committed(storage, on_bad=lambda _name, problem: bad.append(problem)) == []
+    manifest.unlink()
+    assert checkpoint.committed(storage) == []
+    manifest.write_bytes(original)
+    assert len(bad) == 3 and [ref.step for ref in checkpoint.committed(storage)] == [SAVED_AT]

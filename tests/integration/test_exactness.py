@@ -1,0 +1,181 @@
+"""Promise 2: at any world size and micro batch, every step equals plain single-process PyTorch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_shards.sampler import Sampler
+from tests.support.distributed import run_workers
+from tests.support.plain_loop import PlainRun, plain_run
+from tests.support.tiny import MemoryPacks, ragged_packs, save_tiny_model
+from trainer.config import (
+    LoraConfig,
+    Method,
+    ModelConfig,
+    OptimizerConfig,
+    OptimizerName,
+    Precision,
+    Schedule,
+    ZeroConfig,
+)
+from trainer.deepspeed_config import deepspeed_config
+from trainer.engine import ZeroEngine, build_optimizer
+from trainer.loss import token_loss_sum
+from trainer.model import build_trained_model
+from trainer.schedule import learning_rate
+from trainer.step import train_step
+
+STEPS = 30
+ADAMW = OptimizerConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5, schedule=Schedule.CONSTANT)
+SGD = OptimizerConfig(name=OptimizerName.SGD, lr=0.05, max_grad_norm=0.0, schedule=Schedule.CONSTANT)
+PACKS: MemoryPacks = ragged_packs(23, barren=(3, 4, 11, 12))
+SAMPLER = Sampler(num_rows=23, seed=7, global_batch=5, total_rows=5 * STEPS - 3)
+
+
+class NoWorldFactor(ZeroEngine):
+    """Mutant: gradients are left as DeepSpeed's mean over ranks."""
+
+    def train_micro_batch(self, batch: Any, global_trained_tokens: int, *, is_last: bool) -> torch.Tensor:
+        return super().train_micro_batch(batch, global_trained_tokens * self.world_size, is_last=is_last)
+
+
+class MeanOfMeans(ZeroEngine):
+    """Mutant: each micro batch weighs the same, however many tokens it trains."""
+
+    def train_micro_batch(self, batch: Any, global_trained_tokens: int, *, is_last: bool) -> torch.Tensor:
+        parts = (5 + self.world_size - 1) // self.world_size
+        local = max(1, batch.num_trained) * parts * self.world_size
+        return super().train_micro_batch(batch, local, is_last=is_last)
+
+
+class AccumulationScaled(ZeroEngine):
+    """Mutant: DeepSpeed divides by its own number of accumulation steps."""
+
+    def train_micro_batch(self, batch: Any, global_trained_tokens: int, *, is_last: bool) -> torch.Tensor:
+        self._engine.gradient_accumulation_steps = lambda: (5 + self.world_size - 1) // self.world_size
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        loss_sum = token_loss_sum(self._engine, batch)
+        self._engine.backward(loss_sum * (self.world_size / global_trained_tokens), scale_wrt_gas=True)
+        return loss_sum.detach()
+
+
+def make_engine(
+    base: str,
+    optimizer: OptimizerConfig,
+    kind: type[ZeroEngine] = ZeroEngine,
+    method: Method = Method.FULL,
+    **model_options: Any,
+) -> ZeroEngine:
+    config = deepspeed_config(Precision.FP32, optimizer.max_grad_norm, ZeroConfig(param_persistence_threshold=50))
+    model = build_trained_model(
+        Path(base),
+        ModelConfig(base=base, precision=Precision.FP32, **model_options),
+        method,
+        LoraConfig(rank=4),
+        config,
+        seed=0,
+    )
+    return kind(model, build_optimizer(model, optimizer), config)
+
+
+def full_weights(engine: ZeroEngine) -> dict[str, torch.Tensor]:
+    """Whole parameters from the ranks' slices, on every rank."""
+    import deepspeed
+
+    weights = {}
+    for entry in engine.trained:
+        with deepspeed.zero.GatheredParameters(entry.parameter):
+            weights[entry.name] = entry.parameter.detach().clone()
+    return weights
+
+
+def run(base: str, optimizer: OptimizerConfig, micro_batch: int, kind: type[ZeroEngine], steps: int) -> Any:
+    engine = make_engine(base, optimizer, kind)
+    results = [
+        train_step(
+            engine,
+            PACKS,
+            SAMPLER.rows_of_step(step),
+            step=step,
+            seed=7,
+            micro_batch_size=micro_batch,
+            learning_rate=learning_rate(optimizer, step, STEPS),
+        )
+        for step in range(steps)
+    ]
+    return results, full_weights(engine)
+
+
+def run_all(base: str, cases: list[tuple[OptimizerConfig, int]]) -> list[Any]:
+    return [run(base, optimizer, micro_batch, ZeroEngine, STEPS) for optimizer, micro_batch in cases]
+
+
+def run_mutant(base: str, kind: type[ZeroEngine]) -> Any:
+    return run(base, SGD, 1, kind, 3)[0]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_model(tmp_path_factory.mktemp("base")))
+
+
+def plain(base: str, optimizer: OptimizerConfig) -> PlainRun:
+    def make(model: Any) -> torch.optim.Optimizer:
+        if optimizer.name == OptimizerName.SGD:
+            return torch.optim.SGD(model.parameters(), lr=optimizer.lr)
+        matrices = [p for p in model.parameters() if p.dim() > 1]
+        vectors = [p for p in model.parameters() if p.dim() == 1]
+        return torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+        )
+
+    batches = [[PACKS.pack(int(row)) for row in SAMPLER.rows_of_step(step)] for step in range(STEPS)]
+    return plain_run(Path(base), batches, make, optimizer.max_grad_norm)
+
+
+@pytest.fixture(scope="module")
+def references(base: str) -> dict[OptimizerName, PlainRun]:
+    return {optimizer.name: plain(base, optimizer) for optimizer in (ADAMW, SGD)}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_step_equals_plain_pytorch(base: str, references: dict[OptimizerName, PlainRun], world_size: int) -> None:
+    cases = [(optimizer, micro_batch) for optimizer in (ADAMW, SGD) for micro_batch in (1, 4)]
+    by_rank = run_workers(run_all, world_size, base, cases)
+    for (optimizer, micro_batch), (results, weights) in zip(cases, by_rank[0], strict=True):
+        reference = references[optimizer.name]
+        loss_error = np.max(np.abs(np.array([r.loss for r in results]) / reference.losses - 1))
+        norm_error = np.max(np.abs(np.array([r.grad_norm for r in results]) / reference.grad_norms - 1))
+        weight_error = max(
+            float((weights[name] - value).norm() / value.norm()) for name, value in reference.weights.items()
+        )
+        print(
+            f"{optimizer.name} W={world_size} micro={micro_batch}: loss {loss_error:.1e} grad norm {norm_error:.1e} "
+            f"weights {weight_error:.1e}"
+        )
+        assert len(results) == STEPS and results[-1].rows == 2
+        assert loss_error <= 1e-5 and norm_error <= 1e-5 and weight_error <= 1e-4
+    if optimizer.name == OptimizerName.ADAMW:
+        assert min(reference.grad_norms) > optimizer.max_grad_norm, "clipping must be at work"
+
+
+def test_some_rank_trains_on_nothing_in_some_micro_batch() -> None:
+    """The dataset above really holds the hard case."""
+    barren = {3, 4, 11, 12}
+    alone = [row for step in range(STEPS) for row in SAMPLER.rows_of_step(step) if int(row) in barren]
+    assert len(alone) >= STEPS // 2
+
+
+@pytest.mark.parametrize("mutant", [NoWorldFactor, MeanOfMeans, AccumulationScaled])
+def test_mutants_are_caught(base: str, references: dict[OptimizerName, PlainRun], mutant: type[ZeroEngine]) -> None:
+    results = run_workers(run_mutant, 2, base, mutant)[0]
+    error = np.max(np.abs(np.array([r.grad_norm for r in results]) / references[OptimizerName.SGD].grad_norms[:3] - 1))
+    assert error > 1e-3, f"{mutant.__name__} went unnoticed (gradient norm off by {error:.1e})"

@@ -1,0 +1,101 @@
+"""Runs a function on W gloo workers, forked from one pre-imported process so that a test costs seconds.
+
+Python's own fork server does it: it imports the libraries once, before any process group or OpenMP use, and every
+worker is a fork of it.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.qwen2.modeling_qwen2",
+    "transformers.models.mistral.modeling_mistral",
+    "deepspeed",
+    "peft",
+    "pyarrow",
+    "pyarrow.fs",
+    "trainer.engine",
+    "trainer.model",
+]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _worker(
+    results: Any,
+    rank: int,
+    world_size: int,
+    port: int,
+    threads: int,
+    function: Callable[..., Any],
+    args: tuple,
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+    )
+    try:
+        import torch
+        import torch.distributed as dist
+
+        from trainer.process_group import start_process_group
+
+        torch.set_num_threads(threads)
+        start_process_group()
+        value = function(*args)
+        # As bytes: a tensor put into a queue is shared memory, gone with the process that made it.
+        results.put((rank, True, pickle.dumps(value)))
+        dist.destroy_process_group()
+    except BaseException:
+        results.put((rank, False, traceback.format_exc()))
+
+
+def run_workers(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240, threads: int = 1
+) -> list[Any]:
+    """Results of ``function(*args)`` from every rank, in order. ``function`` must be importable (top level).
+
+    Raises AssertionError with the traceback of the first rank that failed.
+    """
+    results = _context.Queue()
+    port = free_port()
+    workers = [
+        _context.Process(target=_worker, args=(results, rank, world_size, port, threads, function, args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    by_rank: dict[int, Any] = {}
+    try:
+        for _ in workers:
+            rank, fine, value = results.get(timeout=timeout_s)
+            assert fine, f"rank {rank} of {world_size} failed:\n{value}"
+            by_rank[rank] = pickle.loads(value)
+    finally:
+        for worker in workers:
+            worker.join(timeout=10 if len(by_rank) == world_size else 0.1)
+            if worker.is_alive():
+                worker.kill()
+    return [by_rank[rank] for rank in range(world_size)]

@@ -1,0 +1,89 @@
+"""What a checkpoint is: one manifest, written last, that lists everything else (pure)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from data_shards import signed_json
+from data_shards.errors import CorruptFile
+from data_shards.storage import FileEntry
+
+KIND = "baton-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: everything that is not a tensor and must survive."""
+
+    step: int = 0
+    rows_consumed: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    """wall seconds by kind (train, evaluate, checkpoint, …), over all attempts"""
+    last_loss: float | None = None
+    eval_loss: float | None = None
+
+
+@dataclass(frozen=True)
+class ParameterEntry:
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        total = 1
+        for size in self.shape:
+            total *= size
+        return total
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """Rank r of ``world_size`` holds elements ``[r*c, min((r+1)*c, n))`` of each parameter, c = ceil(n / W), as tensors
+    ``<name>/fp32`` and ``<name>/<state key>`` of ``files[r]``."""
+
+    attempt: str
+    created: str
+    """UTC, ISO 8601"""
+    world_size: int
+    parameters: tuple[ParameterEntry, ...]
+    """trained ones only"""
+    optimizer: dict[str, Any]
+    """``name``, ``step``, ``state_keys``"""
+    progress: Progress
+    fingerprint: str
+    """of the dataset"""
+    base: str
+    """identity of the base model"""
+    config: dict[str, Any]
+    """the run's resolved configuration"""
+    versions: dict[str, str]
+    files: tuple[FileEntry, ...]
+    """by rank"""
+
+    def to_bytes(self) -> bytes:
+        payload = asdict(self) | {"files": [entry.to_json() for entry in self.files]}
+        return signed_json.encode(payload, KIND, VERSION)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> CheckpointManifest:
+        """Raises CorruptFile unless it is whole, ours, of a known version, and names only files beside itself."""
+        body = signed_json.decode(data, KIND, VERSION, where)
+        try:
+            manifest = cls(
+                **body
+                | {
+                    "parameters": tuple(ParameterEntry(p["name"], tuple(p["shape"])) for p in body["parameters"]),
+                    "progress": Progress(**body["progress"]),
+                    "files": tuple(FileEntry.from_json(value) for value in body["files"]),
+                }
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise CorruptFile(f"{where}: a field is missing or of the wrong type ({error})") from error
+        if len(manifest.files) != manifest.world_size:
+            raise CorruptFile(f"{where}: lists {len(manifest.files)} files for {manifest.world_size} ranks")
+        return manifest

@@ -1,0 +1,115 @@
+"""What can be chosen about model, optimizer, training and checkpoints. Validation does no I/O."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class ConfigModel(BaseModel):
+    """Base of every configuration section: unknown keys are refused, values can't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Method(StrEnum):
+    FULL = "full"
+    LORA = "lora"
+
+
+class Precision(StrEnum):
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+
+class Attention(StrEnum):
+    SDPA = "sdpa"
+    EAGER = "eager"
+    FLASH = "flash_attention_2"
+
+
+class ModelConfig(ConfigModel):
+    base: str = Field(description="Local directory or hub id of the base model.")
+    revision: str | None = Field(None, description="Hub revision; the commit that it resolves to is recorded.")
+    random_init: bool = Field(False, description="Random weights from the base's config.json, seeded by `seed`.")
+    precision: Precision = Field(Precision.BF16, description="Compute dtype; master weights are fp32 either way.")
+    attention: Attention = Attention.SDPA
+    activation_checkpointing: bool = Field(False, description="Recompute layers in backward to save memory.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless asked.")
+    config_overrides: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Fields of the model's config.json to change, such as attention_dropout.",
+    )
+
+
+class LoraConfig(ConfigModel):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | tuple[str, ...] = Field(
+        "all-linear", description="Module names, or all-linear: every linear layer but the head."
+    )
+
+
+class OptimizerName(StrEnum):
+    ADAMW = "adamw"
+    SGD = "sgd"
+
+
+class Schedule(StrEnum):
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class OptimizerConfig(ConfigModel):
+    name: OptimizerName = OptimizerName.ADAMW
+    lr: float = Field(2e-5, gt=0, description="Peak learning rate.")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0, description="On matrices only; norms and biases never decay.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0 turns it off.")
+    schedule: Schedule = Schedule.COSINE
+    warmup_steps: int = Field(0, ge=0)
+    min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at lr times this.")
+
+
+class TrainingConfig(ConfigModel):
+    method: Method = Method.FULL
+    lora: LoraConfig = LoraConfig()
+    global_batch: int = Field(32, ge=1, description="Packs per optimizer step, whatever the number of workers.")
+    micro_batch: int = Field(1, ge=1, description="Packs per worker per forward.")
+    steps: int | None = Field(None, ge=1, description="Optimizer steps. Give this or epochs.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the packs. Give this or steps.")
+    log_every: int = Field(1, ge=1, description="Steps between progress lines.")
+    deterministic: bool = Field(False, description="Bit-equal runs on GPU, at some cost.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of training.steps and training.epochs")
+        return self
+
+
+class EvaluationConfig(ConfigModel):
+    every_steps: int | None = Field(None, ge=1, description="Steps between evaluations; always once at the end.")
+    micro_batch: int = Field(4, ge=1, description="Packs per worker per forward while evaluating.")
+
+
+class CheckpointConfig(ConfigModel):
+    every_steps: int = Field(100, ge=1, description="Steps between commits; always one at the end.")
+    keep_last: int = Field(2, ge=1, description="Committed checkpoints to keep.")
+
+
+class ZeroConfig(ConfigModel):
+    """DeepSpeed ZeRO-3 knobs that matter for speed and memory; everything else is derived."""
+
+    overlap_comm: bool = True
+    reduce_bucket_size: int = Field(50_000_000, ge=1, description="Elements.")
+    prefetch_bucket_size: int = Field(50_000_000, ge=0, description="Elements.")
+    param_persistence_threshold: int = Field(100_000, ge=0, description="Parameters with fewer elements stay gathered.")
+    max_live_parameters: int = Field(1_000_000_000, ge=1, description="Elements.")
+    sub_group_size: int = Field(1_000_000_000, ge=1, description="Elements.")
+    offload_optimizer: Literal["none", "cpu"] = "none"

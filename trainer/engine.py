@@ -1,0 +1,204 @@
+"""DeepSpeed ZeRO-3 behind a small surface. The only module that imports deepspeed at run time, beside ``model``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from trainer.batch import MicroBatch
+from trainer.config import OptimizerConfig, OptimizerName
+from trainer.errors import NonFiniteStep, StepInvariantBroken
+from trainer.loss import token_loss_sum
+from trainer.slices import slice_bounds
+
+
+class TrainedParameter(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    parameter: torch.nn.Parameter
+
+    @property
+    def numel(self) -> int:
+        return self.parameter.ds_numel  # type: ignore[attr-defined]
+
+
+def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Two groups: matrices decay, vectors (norms, biases) do not. ``p.ds_shape`` is the shape that ZeRO-3 hides."""
+    decay: list[torch.nn.Parameter] = []
+    no_decay: list[torch.nn.Parameter] = []
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            rank = len(getattr(parameter, "ds_shape", parameter.shape))
+            (decay if rank >= 2 else no_decay).append(parameter)
+    groups = [
+        {"params": params, "weight_decay": weight_decay}
+        for params, weight_decay in ((decay, config.weight_decay), (no_decay, 0.0))
+        if params
+    ]
+    match config.name:
+        case OptimizerName.ADAMW:
+            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        case OptimizerName.SGD:
+            return torch.optim.SGD(groups, lr=config.lr)
+
+
+class ZeroEngine:
+    """One model under ZeRO-3 on this rank. Every method is collective: all ranks call it in the same order."""
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, deepspeed_config: dict[str, Any]
+    ) -> None:
+        import deepspeed
+
+        names = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=trained, optimizer=optimizer, config=deepspeed_config
+        )
+        self._zero = self._engine.optimizer
+        self.rank = torch.distributed.get_rank()
+        self.world_size = torch.distributed.get_world_size()
+        self.device = torch.device(self._engine.device)
+        self.trained = [TrainedParameter(names[id(p)], tuple(p.ds_shape), p) for p in trained]  # type: ignore[attr-defined]
+        self._gradients_checked = False
+
+    @property
+    def module(self) -> Any:
+        return self._engine.module
+
+    def train_micro_batch(self, batch: MicroBatch, global_trained_tokens: int, *, is_last: bool) -> torch.Tensor:
+        """Forward and backward of one micro batch of a step whose ranks train on ``global_trained_tokens`` in all.
+
+        Returns:
+            The micro batch's own sum of losses, detached: fp32 scalar.
+        """
+        self._engine.train()
+        self._engine.set_gradient_accumulation_boundary(is_last)
+        batch = batch.to(self.device)
+        with self._every_parameter_gets_a_gradient():
+            loss_sum = token_loss_sum(self._engine, batch)
+            # ZeRO-3 averages gradients over ranks; the factor makes that a sum, and nothing else may scale it.
+            scaled = loss_sum * (self.world_size / global_trained_tokens)
+            self._engine.backward(scaled, scale_wrt_gas=False)
+        return loss_sum.detach()
+
+    def apply_step(self, learning_rate: float) -> float:
+        """Clip and update. Returns the global gradient norm before clipping.
+
+        Raises:
+            NonFiniteStep: gradients were inf or NaN, so DeepSpeed skipped the update.
+        """
+        for group in self._zero.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        if not self._engine.was_step_applied():
+            raise NonFiniteStep(
+                "the gradient norm is inf or NaN, so the update was not applied. Lower optimizer.lr, lengthen "
+                "optimizer.warmup_steps, or look at the rows of this step; the last committed checkpoint is intact."
+            )
+        return float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def evaluate_micro_batch(self, batch: MicroBatch) -> torch.Tensor:
+        """Sum of losses of one micro batch without dropout: fp32 scalar."""
+        self._engine.eval()
+        return token_loss_sum(self._engine, batch.to(self.device))
+
+    def bounds(self, parameter: TrainedParameter) -> tuple[int, int]:
+        """The elements of the flattened parameter that this rank holds."""
+        return slice_bounds(parameter.numel, self.rank, self.world_size)
+
+    def state_keys(self) -> list[str]:
+        """Names of the optimizer's per-element states (``exp_avg``, …); none before the first step or for plain SGD."""
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            state = self._zero.optimizer.state.get(flat, {})
+            return sorted(k for k, v in state.items() if torch.is_tensor(v) and v.numel() == flat.numel() > 1)
+        return []
+
+    def optimizer_step(self) -> int:
+        """Updates that the optimizer counts (Adam's bias correction depends on it)."""
+        for flat in self._zero.fp32_partitioned_groups_flat:
+            return int(self._zero.optimizer.state.get(flat, {}).get("step", 0))
+        return 0
+
+    def local_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """``(name/part, 1-D fp32 slice)`` of everything that this rank holds and a resume needs, without padding."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        keys = self.state_keys()
+        for entry in self.trained:
+            start, stop = self.bounds(entry)
+            if start == stop:
+                continue
+            yield f"{entry.name}/fp32", safe_get_local_fp32_param(entry.parameter).detach()[: stop - start]
+            for key in keys:
+                state = safe_get_local_optimizer_state(entry.parameter, key)
+                yield f"{entry.name}/{key}", state.detach()[: stop - start]
+
+    def load_local_slices(self, slices: dict[str, torch.Tensor], optimizer_step: int, state_keys: list[str]) -> None:
+        """Put back what ``local_slices`` gave, perhaps cut anew for another world size.
+
+        Args:
+            slices: by ``name/part``; 1-D, this rank's elements without padding.
+        """
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+        if state_keys:
+            # The state must exist before it can be set: torch creates it at the first step only.
+            for flat in self._zero.fp32_partitioned_groups_flat:
+                self._zero.optimizer.state[flat] = {
+                    "step": torch.tensor(float(optimizer_step)),
+                    **{key: torch.zeros_like(flat) for key in state_keys},
+                }
+        for entry in self.trained:
+            start, stop = self.bounds(entry)
+            if start == stop:
+                continue
+            padded = torch.zeros(entry.parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+            padded[: stop - start] = slices[f"{entry.name}/fp32"]
+            safe_set_local_fp32_param(entry.parameter, padded)
+            for key in state_keys:
+                padded = torch.zeros_like(padded)
+                padded[: stop - start] = slices[f"{entry.name}/{key}"]
+                safe_set_local_optimizer_state(entry.parameter, padded, key)
+        self._refresh_compute_weights()
+
+    def _refresh_compute_weights(self) -> None:
+        """Copy the fp32 masters to what the forward uses; else the next loss is silently that of the old weights."""
+        for index in range(len(self._zero.fp16_groups)):
+            self._zero._reassign_or_swap_out_partitioned_parameters(index)
+        persistent = self._zero.persistent_parameters
+        if persistent:
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
+
+    def _every_parameter_gets_a_gradient(self) -> _GradientCheck:
+        """On the first micro batch only: ZeRO-3 reuses the last step's gradient where none comes."""
+        check = _GradientCheck([] if self._gradients_checked else self.trained)
+        self._gradients_checked = True
+        return check
+
+
+class _GradientCheck:
+    """Context in which every given parameter must receive a gradient."""
+
+    def __init__(self, entries: list[TrainedParameter]) -> None:
+        self._missing = {entry.name for entry in entries}
+        self._handles = [
+            entry.parameter.register_hook(lambda _grad, name=entry.name: self._missing.discard(name))
+            for entry in entries
+        ]
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if kind is None and self._missing:
+            raise StepInvariantBroken(
+                f"{len(self._missing)} trained parameters got no gradient, first {sorted(self._missing)[:3]}; ZeRO-3 "
+                "would apply stale gradients to them. Freeze them, or leave them out of training.lora.target_modules."
+            )

@@ -1,0 +1,31 @@
+"""What can go wrong while training, each saying whether another attempt can help."""
+
+from __future__ import annotations
+
+from data_shards.errors import BadInput, BatonError, CorruptFile
+
+
+class ModelError(BadInput):
+    """The base model can't be used: not there, not allowed, or in a format that could execute code."""
+
+
+class CheckpointCorrupt(CorruptFile):
+    """A committed checkpoint does not read back as written; an older one may."""
+
+    retryable = True
+
+    def __init__(self, checkpoint: str, problem: str) -> None:
+        super().__init__(f"checkpoint {checkpoint}: {problem}")
+        self.checkpoint = checkpoint
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (self.checkpoint, self.problem)
+
+
+class StepInvariantBroken(BatonError):
+    """A step did not do what its plan says: rows or trained tokens are off. Training on would be silently wrong."""
+
+
+class NonFiniteStep(BatonError):
+    """Loss or gradients became inf or NaN; the same rows would do it again."""

@@ -1,0 +1,175 @@
+"""The base model: from a directory, a hub id or a bare config; whole or with LoRA; built into ZeRO-3 slices."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_shards.storage import content_hash
+from trainer.config import LoraConfig, Method, ModelConfig, Precision
+from trainer.errors import ModelError
+
+DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}
+
+
+def resolve_base(config: ModelConfig) -> tuple[Path, str]:
+    """Make the base a local directory, downloading it if it is a hub id.
+
+    Returns:
+        The directory, and its identity: the hub commit, or a hash of config and weights.
+
+    Raises:
+        ModelError: not found, gated, without safetensors, or without a config.
+    """
+    path = Path(config.base).expanduser()
+    if path.is_dir():
+        check_base_directory(path, needs_weights=not config.random_init)
+        return path, content_hash([path / "config.json", *([] if config.random_init else weight_files(path))])
+    if path.is_absolute() or config.base.startswith((".", "~")) or config.base.count("/") != 1:
+        raise ModelError(
+            f"model.base={config.base!r}: no such directory. Give a directory that holds config.json and "
+            "*.safetensors, or a hub id such as Qwen/Qwen2.5-7B."
+        )
+    return _download(config)
+
+
+def _download(config: ModelConfig) -> tuple[Path, str]:
+    """One download a node: the hub's cache locks its files, so workers of a node wait for the first."""
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.model", "*.jinja", "*.txt", "*.py" if config.trust_remote_code else "*.json"]
+    patterns += [] if config.random_init else ["*.safetensors"]
+    try:
+        path = Path(huggingface_hub.snapshot_download(config.base, revision=config.revision, allow_patterns=patterns))
+    except GatedRepoError as error:
+        raise ModelError(
+            f"model.base={config.base!r} is gated: accept its licence on its hub page with your account, then set "
+            f"HF_TOKEN (for a Ray job through runtime_env env_vars, on Kubernetes as a secret). The hub said: {error}"
+        ) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        hint = (
+            "the hub refused it (401/403: HF_TOKEN missing or without access)"
+            if status in (401, 403)
+            else "no such directory here, and the hub could not be asked"
+        )
+        raise ModelError(
+            f"model.base={config.base!r}: {hint}. Check the name, the network, or give a local directory. ({error})"
+        ) from error
+    check_base_directory(path, needs_weights=not config.random_init)
+    return path, f"{config.base}@{path.name}"
+
+
+def weight_files(path: Path) -> list[Path]:
+    return sorted(path.glob("*.safetensors"))
+
+
+def check_base_directory(path: Path, *, needs_weights: bool) -> None:
+    """Refuse a directory that we could not or must not load, saying why."""
+    if not (path / "config.json").is_file():
+        raise ModelError(f"model.base={str(path)!r} has no config.json; it is not a transformers model directory.")
+    if not needs_weights:
+        return
+    if not weight_files(path):
+        pickled = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        found = f"only pickled weights ({', '.join(pickled[:3])}), which can execute code" if pickled else "no weights"
+        raise ModelError(
+            f"model.base={str(path)!r} has {found}. Baton reads safetensors only: convert with "
+            "AutoModelForCausalLM.from_pretrained(…).save_pretrained(…), or set model.random_init=true."
+        )
+
+
+def model_config(path: Path, config: ModelConfig) -> Any:
+    """The transformers config of the base, with our overrides. A wrong override's name is refused."""
+    from transformers import AutoConfig
+
+    hf_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    for key, value in config.config_overrides.items():
+        if not hasattr(hf_config, key):
+            raise ModelError(f"model.config_overrides.{key}: {type(hf_config).__name__} has no such field")
+        setattr(hf_config, key, value)
+    hf_config._attn_implementation = config.attention.value
+    return hf_config
+
+
+def max_positions(hf_config: Any) -> int | None:
+    """The longest sequence that the model was made for, tokens; None where its config doesn't say."""
+    return getattr(hf_config, "max_position_embeddings", None)
+
+
+def build_model(
+    path: Path, config: ModelConfig, deepspeed_config: dict[str, Any] | None, *, seed: int
+) -> torch.nn.Module:
+    """The base model on this rank; under ``deepspeed_config`` partitioned while it is built, never whole in memory.
+
+    Args:
+        path: what ``resolve_base`` gave.
+        seed: of random weights; the same on all ranks.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    hf_config = model_config(path, config)
+    dtype = DTYPES[config.precision]
+    # transformers looks for a live HfDeepSpeedConfig (a weak reference) and then builds under zero.Init.
+    zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config is not None else None
+    torch.manual_seed(seed)
+    if config.random_init:
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=hf_config,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+        )
+    del zero_init
+    model.config.use_cache = False
+    if config.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model
+
+
+def add_lora(model: torch.nn.Module, config: LoraConfig, *, seed: int) -> torch.nn.Module:
+    """Freeze the base and add adapters, drawn alike on every rank."""
+    from peft import get_peft_model
+
+    torch.manual_seed(seed)
+    if getattr(model, "is_gradient_checkpointing", False):
+        model.enable_input_require_grads()  # type: ignore[operator]
+    return get_peft_model(model, peft_config(config))
+
+
+def peft_config(config: LoraConfig) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+
+    targets = config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules)
+    return PeftLoraConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=targets,
+    )
+
+
+def build_trained_model(
+    path: Path,
+    config: ModelConfig,
+    method: Method,
+    lora: LoraConfig,
+    deepspeed_config: dict[str, Any] | None,
+    *,
+    seed: int,
+) -> torch.nn.Module:
+    model = build_model(path, config, deepspeed_config, seed=seed)
+    return add_lora(model, lora, seed=seed) if method == Method.LORA else model
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,29 @@
+"""The process group, from the environment that torchrun, Ray Train or our own launcher set."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed which device to use before it is imported: GPUs when there are any, else CPU with gloo."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def start_process_group(timeout_s: float = 1800) -> None:
+    """Join the group that ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR:PORT`` describe, unless joined already."""
+    choose_accelerator()
+    import deepspeed
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def is_main() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,0 +1,106 @@
+"""One optimizer step, exact over the global batch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+import xxhash
+
+from data_shards.pack import Pack
+from trainer.batch import collate
+from trainer.batch_geometry import rank_micro_batches
+from trainer.engine import ZeroEngine
+from trainer.errors import NonFiniteStep, StepInvariantBroken
+
+
+class PackSource(Protocol):
+    """A prepared split: random access to packs, and their sizes without reading them."""
+
+    num_rows: int
+
+    def pack(self, row: int) -> Pack:
+        """The pack with this row id."""
+        ...
+
+    def num_trained(self, rows: np.ndarray) -> int:
+        """Trained tokens in these rows together."""
+        ...
+
+
+class StepResult(NamedTuple):
+    """What all ranks agree happened in one step."""
+
+    loss: float
+    """mean over the trained tokens of the global batch, nats"""
+    grad_norm: float
+    """before clipping"""
+    rows: int
+    tokens: int
+    trained_tokens: int
+    rows_digest: int
+    """sum of a hash of each row id that any rank really trained on: order-free, equal for equal batches"""
+    stop_requested: bool
+
+
+def reseed(seed: int, step: int, rows: np.ndarray) -> None:
+    """Make dropout a function of (seed, step, row ids), so that RNG state needs no saving."""
+    digest = xxhash.xxh3_64(rows.astype("<i8").tobytes(), seed=(seed * 1_000_003 + step) & (2**64 - 1))
+    torch.manual_seed(digest.intdigest() & (2**63 - 1))
+
+
+def row_digest(row: int) -> int:
+    return xxhash.xxh32(int(row).to_bytes(8, "little")).intdigest()
+
+
+def train_step(
+    engine: ZeroEngine,
+    source: PackSource,
+    rows: np.ndarray,
+    *,
+    step: int,
+    seed: int,
+    micro_batch_size: int,
+    learning_rate: float,
+    stop_requested: bool = False,
+) -> StepResult:
+    """Train on ``rows`` (int64 [B], the global batch; every rank passes the same) and update once.
+
+    Args:
+        step: completed steps before this one.
+        stop_requested: this rank's wish to stop; any rank's wish reaches all in the result.
+
+    Raises:
+        StepInvariantBroken: the ranks together did not train on just these rows and tokens.
+        NonFiniteStep: loss or gradient became inf or NaN.
+    """
+    global_trained = max(1, source.num_trained(rows))
+    parts = rank_micro_batches(
+        len(rows), rank=engine.rank, world_size=engine.world_size, micro_batch_size=micro_batch_size
+    )
+    loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    seen = np.zeros(4)  # rows, tokens, trained tokens, digest
+    for index, (start, stop) in enumerate(parts):
+        row_ids = rows[start:stop]
+        batch = collate([source.pack(int(row)) for row in row_ids])
+        reseed(seed, step, row_ids)
+        loss_sum += engine.train_micro_batch(batch, global_trained, is_last=index == len(parts) - 1).double()
+        if len(row_ids):
+            seen += [len(row_ids), batch.input_ids.numel(), batch.num_trained, sum(map(row_digest, row_ids))]
+    grad_norm = engine.apply_step(learning_rate)
+    # Counts and 32-bit digests are exact in float64, so one small all-reduce carries everything.
+    agreed = torch.cat(
+        [loss_sum[None], torch.tensor([*seen, stop_requested], dtype=torch.float64, device=engine.device)]
+    )
+    torch.distributed.all_reduce(agreed)
+    total, num_rows, tokens, trained, digest, stops = agreed.tolist()
+    if int(num_rows) != len(rows) or int(trained) != global_trained:
+        raise StepInvariantBroken(
+            f"step {step}: the ranks trained on {int(num_rows)} rows and {int(trained)} tokens, the plan has "
+            f"{len(rows)} and {global_trained}; the dataset's index and its shards disagree"
+        )
+    loss = total / global_trained
+    if not np.isfinite(loss):
+        raise NonFiniteStep(f"step {step}: the loss is {loss}; rows {rows[:8].tolist()}… of the dataset")
+    return StepResult(loss, grad_norm, int(num_rows), int(tokens), int(trained), int(digest), stops > 0)
