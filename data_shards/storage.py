@@ -113,7 +113,7 @@ class Storage:
         except OSError as error:
             raise BadInput(
                 f"storage {self.uri!r} can't be written: {error}. Check that it exists, its permissions and free "
-                "space, or choose another with storage=…"
+                "space, or choose another with run.storage=…"
             ) from error
 
     def write(self, relative: str, chunks: Iterable[Any]) -> FileEntry:

@@ -81,12 +81,15 @@ def _read_receipt(target: Storage, rank: int) -> FileEntry:
     except FileNotFoundError as error:
         raise BatonError(
             f"{target.uri}: rank 0 does not see what rank {rank} wrote. All nodes must share the storage: set "
-            "storage to a shared file system or to s3://… or gs://…"
+            "run.storage to a shared file system or to s3://… or gs://…"
         ) from error
 
 
-def load(engine: ZeroEngine, checkpoints: Storage, ref: CheckpointRef) -> None:
+def load(engine: ZeroEngine, checkpoints: Storage, ref: CheckpointRef, *, weights_only: bool = False) -> None:
     """Put a committed checkpoint into a fresh engine of any world size. Each rank reads only the ranges it needs.
+
+    Args:
+        weights_only: leave the optimizer fresh, for a new run that begins with another's weights.
 
     Raises:
         CheckpointCorrupt: a file is missing, cut off, or fails a block hash.
@@ -98,7 +101,7 @@ def load(engine: ZeroEngine, checkpoints: Storage, ref: CheckpointRef) -> None:
     if wanted != stored:
         different = sorted(wanted.items() ^ stored.items())[:4]
         raise BatonError(f"checkpoint {ref.name} holds other parameters than this model trains: {different}")
-    keys = list(manifest.optimizer["state_keys"])
+    keys = [] if weights_only else list(manifest.optimizer["state_keys"])
     with SliceReader(checkpoints.child(ref.name), ref) as reader:
         slices = {
             f"{entry.name}/{part}": reader.read(entry.name, part, entry.numel, *engine.bounds(entry))

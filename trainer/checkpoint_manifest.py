@@ -26,6 +26,7 @@ class Progress:
     """wall seconds by kind (train, evaluate, checkpoint, …), over all attempts"""
     last_loss: float | None = None
     eval_loss: float | None = None
+    first_eval_loss: float | None = None
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class TrainingConfig(ConfigModel):
 
 
 class EvaluationConfig(ConfigModel):
+    at_start: bool = Field(False, description="Also evaluate before the first step.")
     every_steps: int | None = Field(None, ge=1, description="Steps between evaluations; always once at the end.")
     micro_batch: int = Field(4, ge=1, description="Packs per worker per forward while evaluating.")
 
@@ -113,3 +114,29 @@ class ZeroConfig(ConfigModel):
     max_live_parameters: int = Field(1_000_000_000, ge=1, description="Elements.")
     sub_group_size: int = Field(1_000_000_000, ge=1, description="Elements.")
     offload_optimizer: Literal["none", "cpu"] = "none"
+
+
+class TrainerConfig(ConfigModel):
+    """Everything that the training loop itself depends on."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    zero: ZeroConfig = ZeroConfig()
+    seed: int = Field(0, ge=0, lt=2**32, description="Of row order, random weights, adapters and dropout.")
+
+
+class WorkerSpec(ConfigModel):
+    """What one attempt's workers are told; plain JSON, so that any launcher can carry it."""
+
+    run_uri: str
+    attempt: str
+    resume_from: str | None = Field(description="Name of the checkpoint to continue from.")
+    trainer: TrainerConfig
+    base_identity: str
+    dataset_uri: str
+    fingerprint: str
+    init_from: str | None = Field(None, description="URI of a checkpoint of another run whose weights to begin with.")
+    resolved_config: dict[str, Any] = Field(description="The whole run's configuration, kept in every checkpoint.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,8 @@ from trainer.errors import ModelError
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}
 
 
-def resolve_base(config: ModelConfig) -> tuple[Path, str]:
-    """Make the base a local directory, downloading it if it is a hub id.
-
-    Returns:
-        The directory, and its identity: the hub commit, or a hash of config and weights.
+def locate_base(config: ModelConfig) -> Path:
+    """The base as a local directory, downloaded if it is a hub id.
 
     Raises:
         ModelError: not found, gated, without safetensors, or without a config.
@@ -27,7 +23,7 @@ def resolve_base(config: ModelConfig) -> tuple[Path, str]:
     path = Path(config.base).expanduser()
     if path.is_dir():
         check_base_directory(path, needs_weights=not config.random_init)
-        return path, content_hash([path / "config.json", *([] if config.random_init else weight_files(path))])
+        return path
     if path.is_absolute() or config.base.startswith((".", "~")) or config.base.count("/") != 1:
         raise ModelError(
             f"model.base={config.base!r}: no such directory. Give a directory that holds config.json and "
@@ -36,7 +32,14 @@ def resolve_base(config: ModelConfig) -> tuple[Path, str]:
     return _download(config)
 
 
-def _download(config: ModelConfig) -> tuple[Path, str]:
+def base_identity(config: ModelConfig, path: Path) -> str:
+    """What names the base in checkpoints: hub id and commit, or a hash over config and weights (every byte is read)."""
+    if not Path(config.base).expanduser().is_dir():
+        return f"{config.base}@{path.name}"
+    return content_hash([path / "config.json", *([] if config.random_init else weight_files(path))])
+
+
+def _download(config: ModelConfig) -> Path:
     """One download a node: the hub's cache locks its files, so workers of a node wait for the first."""
     import huggingface_hub
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
@@ -61,7 +64,7 @@ def _download(config: ModelConfig) -> tuple[Path, str]:
             f"model.base={config.base!r}: {hint}. Check the name, the network, or give a local directory. ({error})"
         ) from error
     check_base_directory(path, needs_weights=not config.random_init)
-    return path, f"{config.base}@{path.name}"
+    return path
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -107,7 +110,7 @@ def build_model(
     """The base model on this rank; under ``deepspeed_config`` partitioned while it is built, never whole in memory.
 
     Args:
-        path: what ``resolve_base`` gave.
+        path: what ``locate_base`` gave.
         seed: of random weights; the same on all ranks.
     """
     from transformers import AutoModelForCausalLM
@@ -169,7 +172,3 @@ def build_trained_model(
 ) -> torch.nn.Module:
     model = build_model(path, config, deepspeed_config, seed=seed)
     return add_lora(model, lora, seed=seed) if method == Method.LORA else model
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from datetime import timedelta
 
 import torch
@@ -17,6 +18,8 @@ def choose_accelerator() -> None:
 def start_process_group(timeout_s: float = 1800) -> None:
     """Join the group that ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR:PORT`` describe, unless joined already."""
     choose_accelerator()
+    # DeepSpeed's collectives use names that torch deprecates: a warning a step would bury the progress lines.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     import deepspeed
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"

@@ -1,0 +1,119 @@
+"""The driver's loop: start an attempt, see how it ended, ask the policy, act."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, root_cause
+from cluster.launcher import WorkerLauncher
+from trainer.checkpoint import CheckpointRef
+from trainer.config import WorkerSpec
+from trainer.run_directory import RunDirectory, read_json, utc_now, write_json
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The outcome of running the command once."""
+
+    decision: Decision
+    attempts: int
+    """over the whole run, earlier submissions included"""
+    checkpoint: CheckpointRef | None
+    """the newest usable one"""
+
+
+class _StopRequest:
+    """Remembers a SIGTERM or SIGINT and passes it on to the running attempt through the storage."""
+
+    def __init__(self, run: RunDirectory, say: Say) -> None:
+        self._run = run
+        self._say = say
+        self.wanted = False
+        self.attempt: str | None = None
+
+    def handle(self, signum: int, _frame: Any) -> None:
+        first, self.wanted = not self.wanted, True
+        if first:
+            self._say(f"{signal.Signals(signum).name}: asking the workers to save and stop")
+        # Not in the handler itself: it may interrupt code that holds the very locks that writing needs.
+        threading.Thread(target=self.forward, daemon=True).start()
+
+    def forward(self) -> None:
+        if self.wanted and self.attempt is not None:
+            self._run.request_stop(self.attempt, "the driver was asked to stop")
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def run_attempts(
+    run: RunDirectory,
+    launcher: WorkerLauncher,
+    make_spec: Callable[[str, CheckpointRef | None], WorkerSpec],
+    *,
+    max_failures_without_progress: int,
+    allowed_changes: tuple[str, ...] = (),
+    say: Say = print,
+) -> Submission:
+    """Attempts until the policy ends it.
+
+    Args:
+        make_spec: the spec of an attempt, from its id and the checkpoint that it continues from.
+    """
+    history: list[AttemptEnd] = []
+    corrupt: frozenset[str] = frozenset()
+    chain = run.lineage()
+    parent = chain[-1] if chain else None
+    stop = _StopRequest(run, say)
+    with stop.listening():
+        while True:
+            resume_from = _newest(run, say, corrupt)
+            start = run.start_attempt(parent, resume_from, allowed_changes)
+            parent = start
+            where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
+            say(f"attempt {start.number} ({start.attempt}): {where}")
+            stop.attempt = start.attempt
+            stop.forward()
+            lost = launcher.run(make_spec(start.attempt, resume_from))
+            end = _end_of(run, start.attempt, start.start_step, lost, corrupt)
+            history.append(end)
+            if end.error is not None and end.error.checkpoint is not None:
+                corrupt |= {end.error.checkpoint}
+            decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
+            record = {"decision": asdict(decision), "end": asdict(end), "at": utc_now()}
+            write_json(run.attempt(start.attempt), "decision.json", record)
+            if decision.action != Action.RETRY:
+                return Submission(decision, start.number, _newest(run, say, corrupt))
+            say(f"attempt {start.number} failed ({decision.reason}); the next one starts in {decision.delay_s:.0f}s")
+            time.sleep(decision.delay_s)
+
+
+def _newest(run: RunDirectory, say: Say, corrupt: frozenset[str]) -> CheckpointRef | None:
+    usable = run.usable_checkpoints(say, corrupt)
+    return usable[-1] if usable else None
+
+
+def _end_of(run: RunDirectory, attempt: str, start_step: int, lost: str, corrupt: frozenset[str]) -> AttemptEnd:
+    newest = _newest(run, lambda line: None, corrupt)
+    committed = newest.step if newest else 0
+    end = read_json(run.attempt(attempt), "end.json")
+    if end is not None:
+        return AttemptEnd(EndKind(end["outcome"]), start_step, committed)
+    return AttemptEnd(EndKind.FAILED, start_step, committed, root_cause(run.errors_of(attempt)), lost)

@@ -1,0 +1,82 @@
+"""What to do when an attempt ends (pure). One place acts on it: ``cluster.attempts``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from trainer.run_directory import WorkerError
+
+
+class EndKind(StrEnum):
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class AttemptEnd:
+    """How an attempt ended, as the driver sees it."""
+
+    kind: EndKind
+    start_step: int
+    committed_step: int
+    """newest usable commit after it"""
+    error: WorkerError | None = None
+    lost_workers: str = ""
+    """what the launcher saw: signals and exit codes"""
+
+    @property
+    def made_progress(self) -> bool:
+        return self.committed_step > self.start_step
+
+
+class Action(StrEnum):
+    FINISH = "finish"
+    RETRY = "retry"
+    STOP_RESUMABLE = "stop_resumable"
+    FAIL = "fail"
+    BAD_INPUT = "bad_input"
+
+
+@dataclass(frozen=True)
+class Decision:
+    action: Action
+    reason: str
+    delay_s: float = 0.0
+
+
+def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
+    """The error that explains the rest: one raised on purpose before the collective errors that it caused elsewhere."""
+    return min(errors, key=lambda e: (not e.bad_input, e.retryable, e.checkpoint is None, e.rank), default=None)
+
+
+def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *, stop_wanted: bool) -> Decision:
+    """What follows the last of these attempts of one submission.
+
+    A failure after progress starts the count anew, so a long run on spot nodes may fail any number of times; failing at
+    the same place again and again ends it.
+    """
+    last = history[-1]
+    if last.kind == EndKind.FINISHED:
+        return Decision(Action.FINISH, "all steps are done")
+    if last.kind == EndKind.STOPPED or stop_wanted:
+        return Decision(Action.STOP_RESUMABLE, f"stopped on request; step {last.committed_step} is saved")
+    cause = f"{last.error.type}: {last.error.message}" if last.error else last.lost_workers or "the workers vanished"
+    if last.error and last.error.bad_input:
+        return Decision(Action.BAD_INPUT, cause)
+    if last.error and not last.error.retryable:
+        return Decision(Action.FAIL, cause)
+    barren = 0
+    for end in reversed(history):
+        if end.made_progress:
+            break
+        barren += 1
+    if barren > max_failures_without_progress:
+        return Decision(
+            Action.FAIL,
+            f"{barren} attempts in a row failed without committing anything new (cluster.max_failures_without_progress="
+            f"{max_failures_without_progress}); the last: {cause}",
+        )
+    return Decision(Action.RETRY, cause, delay_s=min(60.0, 2.0 ** (barren - 1) - 1 if barren else 0.0))

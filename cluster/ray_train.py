@@ -1,0 +1,121 @@
+"""Workers through Ray Train: on the cluster that a job runs in, or an embedded one on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from cluster.config import ClusterConfig
+from data_shards.errors import BadInput
+from trainer.config import WorkerSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+_IN_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+
+def in_ray_job() -> bool:
+    """Whether this process is the driver of a ``ray job submit``."""
+    return _IN_JOB_MARK in os.environ
+
+
+def bundles_that_fit(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
+    """How many workers the nodes hold together; a worker lies on one node (pure)."""
+    wanted = {name: amount for name, amount in bundle.items() if amount > 0}
+    return sum(int(min(node.get(name, 0.0) / amount for name, amount in wanted.items())) for node in nodes)
+
+
+def _train_function(arguments: dict[str, Any]) -> None:
+    """Runs in each Ray Train worker, in a thread, with the process group up and torchrun's environment set."""
+    from trainer.worker import run_worker
+
+    run_worker(WorkerSpec.model_validate(arguments["spec"]), group_timeout_s=arguments["timeout_s"])
+
+
+class RayTrain:
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._use_gpu = False
+        self._connect()
+
+    def _connect(self) -> None:
+        import ray
+
+        # Said explicitly: a local Ray would else turn token auth on and write a token for every later cluster.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Ray Train would else show every line that a worker prints twice.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        if in_ray_job() or os.environ.get("RAY_ADDRESS"):
+            ray.init(address="auto", log_to_driver=True)
+            return
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        slots = max(os.cpu_count() or 1, int(self._config.num_workers * self._config.cpus_per_worker))
+        # Without a dashboard Ray Train warns each second that it can't ask it; only errors are worth a line here.
+        quiet = ray.LoggingConfig(log_level="ERROR")
+        ray.init(address="local", num_cpus=slots, include_dashboard=False, logging_config=quiet, logging_level="ERROR")
+
+    def _nodes(self) -> list[dict[str, float]]:
+        import ray
+
+        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+    def _bundle(self) -> dict[str, float]:
+        return {"CPU": self._config.cpus_per_worker, "GPU": 1.0 if self._use_gpu else 0.0}
+
+    def check_capacity(self) -> None:
+        """Waits ``wait_for_capacity_s`` for nodes that may still be joining."""
+        deadline = time.monotonic() + self._config.wait_for_capacity_s
+        while True:
+            nodes = self._nodes()
+            has_gpu = any(node.get("GPU", 0) for node in nodes)
+            self._use_gpu = has_gpu if self._config.use_gpu is None else self._config.use_gpu
+            if bundles_that_fit(nodes, self._bundle()) >= self._config.num_workers:
+                return
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.5)
+        per_worker = " and ".join(f"{amount:g} {name}" for name, amount in self._bundle().items() if amount)
+        there = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes) or "no node"
+        raise BadInput(
+            f"cluster.num_workers={self._config.num_workers} with {per_worker} each can't be placed: the cluster has "
+            f"{there}, room for {bundles_that_fit(nodes, self._bundle())}. Use fewer workers, set "
+            "cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"
+        )
+
+    def run(self, spec: WorkerSpec) -> str:
+        """One ``fit()`` without Ray's own retries: what to do after a failure is decided in ``cluster.failures``."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
+        trainer = TorchTrainer(
+            _train_function,
+            train_loop_config={
+                "spec": spec.model_dump(mode="json"),
+                "timeout_s": self._config.collective_timeout_s,
+            },
+            torch_config=TorchConfig(
+                backend="nccl" if self._use_gpu else "gloo", timeout_s=int(self._config.collective_timeout_s)
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=self._config.num_workers,
+                use_gpu=self._use_gpu,
+                resources_per_worker={name: amount for name, amount in self._bundle().items() if amount},
+            ),
+            run_config=RunConfig(
+                name="ray", storage_path=f"{spec.run_uri}/attempts/{spec.attempt}", failure_config=FailureConfig()
+            ),
+        )
+        try:
+            trainer.fit()
+        except TrainingFailedError as error:
+            return f"Ray Train reports: {str(error).strip().splitlines()[-1][:300]}"
+        return ""
+
+    def close(self) -> None:
+        import ray
+
+        ray.shutdown()

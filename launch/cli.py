@@ -1,0 +1,76 @@
+"""``baton VERB …``: each verb is a module of ``launch``; errors become messages and exit codes here, and only here."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+
+from data_shards.errors import BadInput, BatonError
+from launch.config import Config, load_config, resolve_paths
+from launch.exit_codes import ExitCode
+from trainer.run_directory import utc_now
+
+VERBS = {
+    "prepare": "records to Arrow shards",
+    "finetune": "prepare if needed, train, export if asked; the same command again resumes",
+    "generate": "the same prompts through the base and the tuned model",
+    "export": "a checkpoint to Hugging Face files",
+    "checkpoints": "list or verify a run's checkpoints",
+    "runs": "list the runs under a storage path",
+}
+
+
+def say(text: str) -> None:
+    print(f"{utc_now()} {text}", flush=True)
+
+
+def config_parser(verb: str) -> argparse.ArgumentParser:
+    """A parser with what the verbs that work on a configuration share."""
+    parser = argparse.ArgumentParser(prog=f"baton {verb}", description=VERBS[verb])
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the configuration")
+    return parser
+
+
+def config_from(arguments: argparse.Namespace) -> Config:
+    from cluster.ray_train import in_ray_job
+
+    return resolve_paths(load_config(arguments.config, arguments.overrides), in_ray_job=in_ray_job())
+
+
+def _quiet_libraries() -> None:
+    """Libraries' chatter would bury the progress lines; warnings and errors stay."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def run_verb(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    """Run a verb's ``main`` and turn what it raises into a message on stderr and an exit code."""
+    _quiet_libraries()
+    try:
+        return int(main(arguments))
+    except BadInput as error:
+        print(f"baton: {error}", file=sys.stderr, flush=True)
+        return int(ExitCode.BAD_INPUT)
+    except BatonError as error:
+        print(f"baton: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return int(ExitCode.FAILED)
+
+
+def main() -> int:
+    """The console script."""
+    if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
+        verbs = "\n".join(f"  {name:12} {text}" for name, text in VERBS.items())
+        print(f"usage: baton VERB …\n\n{verbs}\n\n'baton VERB --help' says more.", file=sys.stderr)
+        return int(ExitCode.DONE if sys.argv[1:] in (["--help"], ["-h"]) else ExitCode.BAD_INPUT)
+    module = importlib.import_module(f"launch.{sys.argv[1]}")
+    return run_verb(module.main, sys.argv[2:])

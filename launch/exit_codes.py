@@ -1,0 +1,16 @@
+"""What the command's exit status says."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    DONE = 0
+    """everything asked for is done"""
+    FAILED = 1
+    """failed, with the reason; running the same command again is not expected to help"""
+    BAD_INPUT = 2
+    """something given is wrong; nothing was started"""
+    STOPPED = 75
+    """stopped with progress saved; run the same command again (EX_TEMPFAIL of sysexits.h)"""

@@ -1,0 +1,181 @@
+"""Everything that a run needs before workers start: base, data, place, and whether it may go on where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_shards.encode import Encoder, load_tokenizer, stop_tokens
+from data_shards.errors import BadInput
+from data_shards.prepare import TRAIN, Prepared, prepare
+from data_shards.sampler import Sampler
+from data_shards.storage import Storage
+from launch.compatibility import differences, refused
+from launch.config import Config
+from trainer.checkpoint import CheckpointRef
+from trainer.config import WorkerSpec
+from trainer.model import base_identity, locate_base, max_positions, model_config
+from trainer.run_directory import RunDirectory, read_json, utc_now, write_json
+from trainer.worker import total_rows, versions
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    config: Config
+    run: RunDirectory
+    base: Path
+    base_identity: str
+    dataset: Prepared
+
+    @property
+    def sampler(self) -> Sampler:
+        rows = self.dataset.manifest.splits[TRAIN].rows
+        training = self.config.training
+        return Sampler(rows, self.config.seed, training.global_batch, total_rows(training, rows))
+
+    def record(self) -> dict[str, Any]:
+        """``run.json``: what the run is."""
+        return {
+            "name": self.config.run.name,
+            "created": utc_now(),
+            "config": self.config.model_dump(mode="json"),
+            "base": self.base_identity,
+            "data": {"fingerprint": self.dataset.manifest.fingerprint, **self.dataset.manifest.identity},
+            "versions": versions(),
+        }
+
+    def spec(self, attempt: str, resume_from: CheckpointRef | None) -> WorkerSpec:
+        trainer = self.config.trainer()
+        if not Path(self.config.model.base).is_dir():
+            # Workers on other nodes download the very commit that was resolved here.
+            trainer = trainer.model_copy(
+                update={"model": trainer.model.model_copy(update={"revision": self.base.name})}
+            )
+        return WorkerSpec(
+            run_uri=self.run.storage.uri,
+            attempt=attempt,
+            resume_from=resume_from.name if resume_from else None,
+            trainer=trainer,
+            base_identity=self.base_identity,
+            dataset_uri=self.dataset.location.uri,
+            fingerprint=self.dataset.manifest.fingerprint,
+            init_from=find_init(self.config.init_from) if self.config.init_from else None,
+            resolved_config=self.config.model_dump(mode="json"),
+        )
+
+
+def open_run(config: Config) -> RunDirectory:
+    return RunDirectory(Storage.at(config.run.storage).child(config.run.name))
+
+
+def find_init(init_from: str) -> str:
+    """``<run folder>[@step]`` to the URI of a checkpoint. Raises BadInput where there is none."""
+    folder, _, step = init_from.partition("@")
+    run = RunDirectory.at(folder)
+    found = [ref for ref in run.usable_checkpoints() if not step or str(ref.step) == step]
+    if not found:
+        there = ", ".join(str(ref.step) for ref in run.usable_checkpoints()) or "none"
+        raise BadInput(f"init_from={init_from!r}: no such checkpoint; committed steps there: {there}")
+    return f"{run.checkpoints.uri}/{found[-1].name}"
+
+
+def prepare_data(config: Config, base: Path, say: Say) -> Prepared:
+    """Raises DataError, with file and line where it can."""
+    longest = max_positions(model_config(base, config.model))
+    if longest is not None and config.data.seq_len > longest:
+        raise BadInput(
+            f"data.seq_len={config.data.seq_len} is beyond what the model was made for (max_position_embeddings="
+            f"{longest}); lower it, or raise the model's with model.config_overrides.max_position_embeddings"
+        )
+    tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+    encoder = Encoder(tokenizer, config.data, stop_tokens(tokenizer, base))
+    root = (
+        Storage.at(config.data.prepared) if config.data.prepared else Storage.at(config.run.storage).child("datasets")
+    )
+    return prepare(config.data, encoder, root, report=say)
+
+
+def make_job(config: Config, say: Say) -> Job:
+    """Check the storage, find the base, prepare the data. Raises BadInput for whatever is wrong with them."""
+    run = open_run(config)
+    Storage.at(config.run.storage).check_writable()
+    if config.init_from:
+        find_init(config.init_from)
+    base = locate_base(config.model)
+    dataset = prepare_data(config, base, say)
+    return Job(config, run, base, base_identity(config.model, base), dataset)
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a run stands when the command is given."""
+
+    newest: CheckpointRef | None
+    finished: bool
+    allowed_changes: tuple[str, ...]
+
+
+def settle(job: Job, say: Say) -> Standing:
+    """Record a new run, or compare with the recorded one.
+
+    Raises BadInput listing the differences where the run may not be continued with this configuration.
+    """
+    recorded = read_json(job.run.storage, "run.json")
+    now = job.record()
+    if recorded is None:
+        write_json(job.run.storage, "run.json", now)
+        return Standing(None, finished=False, allowed_changes=())
+    found = differences(recorded, now)
+    if stopped_by := refused(found, job.config.resume.allow):
+        listing = "\n".join(f"  {difference}" for difference in stopped_by)
+        keys = ",".join(d.key for d in stopped_by)
+        raise BadInput(
+            f"the run {job.run.storage.uri} was started with something else that matters:\n{listing}\n"
+            "Give the old values to continue it, a new name to start another (run.name=…), or, if you mean to change "
+            f"it in the middle, resume.allow=[{keys}]"
+        )
+    for difference in found:
+        say(f"changed on purpose (resume.allow): {difference}")
+    usable = job.run.usable_checkpoints(say)
+    newest = usable[-1] if usable else None
+    finished = newest is not None and newest.manifest.progress.rows_consumed >= job.sampler.total_rows
+    if newest is not None and not finished:
+        _check_continuation(job, newest, recorded, say)
+    if found:
+        write_json(job.run.storage, "run.json", now)
+    return Standing(newest, finished, tuple(str(d) for d in found))
+
+
+def _check_continuation(job: Job, newest: CheckpointRef, recorded: dict[str, Any], say: Say) -> None:
+    progress = newest.manifest.progress
+    batch = job.config.training.global_batch
+    if progress.rows_consumed != progress.step * batch:
+        raise BadInput(
+            f"the run ended at step {progress.step} with a short last batch ({progress.rows_consumed} rows are not "
+            f"{progress.step} × {batch}), so it can't go on without skipping rows; start a new run with init_from="
+            f"{job.run.storage.uri}"
+        )
+    was = recorded["config"]["training"]
+    now = job.config.training
+    if (was["steps"], was["epochs"]) != (now.steps, now.epochs):
+        say(
+            f"the run's length changed: it now ends at step {job.sampler.num_steps}. The "
+            f"{job.config.optimizer.schedule.value} schedule follows the new length from step {progress.step} on, so "
+            "the learning rate may jump there"
+        )
+
+
+def newest_checkpoint(run: RunDirectory, step: int | None = None) -> CheckpointRef:
+    """The newest usable checkpoint, or the one of ``step``. Raises BadInput where there is none."""
+    usable = run.usable_checkpoints()
+    chosen = [ref for ref in usable if step is None or ref.step == step]
+    if not chosen:
+        there = ", ".join(str(ref.step) for ref in usable) or "none"
+        raise BadInput(
+            f"{run.storage.uri}: no checkpoint of step {step if step is not None else 'any'}; there: {there}"
+        )
+    return chosen[-1]

@@ -1,0 +1,123 @@
+"""The training loop: steps, evaluations, commits, until the end or a wish to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+from data_shards.sampler import Sampler
+from trainer.checkpoint_manifest import Progress
+from trainer.config import TrainerConfig
+from trainer.engine import ZeroEngine
+from trainer.evaluate import evaluate
+from trainer.progress_log import ProgressLog
+from trainer.schedule import learning_rate
+from trainer.step import PackSource, train_step
+
+
+class Outcome(StrEnum):
+    FINISHED = "finished"
+    STOPPED = "stopped"
+
+
+@dataclass
+class Loop:
+    """One attempt's life on one rank. All ranks run it alike; what one rank wishes (a stop) all learn in a step's own
+    all-reduce, so that they always do the same."""
+
+    engine: ZeroEngine
+    config: TrainerConfig
+    sampler: Sampler
+    train: PackSource
+    validation: PackSource | None
+    progress: Progress
+    save: Callable[[Progress], None]
+    stop_wanted: Callable[[], bool]
+    log: ProgressLog
+
+    def run(self) -> Outcome:
+        """Raises NonFiniteStep, StepInvariantBroken, or what saving raises; nothing committed is touched then."""
+        num_steps = self.sampler.num_steps
+        saved_at = self.progress.step
+        if self.config.evaluation.at_start and self.progress.step == 0:
+            self._evaluate()
+        while self.progress.step < num_steps:
+            stop = self._step()
+            step = self.progress.step
+            if self._is_due(self.config.evaluation.every_steps, step) or step == num_steps:
+                self._evaluate()
+            if self._is_due(self.config.checkpoint.every_steps, step) or step == num_steps or stop:
+                self._save()
+                saved_at = step
+            if stop and step < num_steps:
+                self.log.say(f"stopped on request after step {step}; progress is saved")
+                return Outcome.STOPPED
+        if saved_at != self.progress.step:
+            self._save()
+        return Outcome.FINISHED
+
+    @staticmethod
+    def _is_due(every: int | None, step: int) -> bool:
+        return every is not None and step % every == 0
+
+    def _step(self) -> bool:
+        """One optimizer step. Returns whether any rank wishes to stop."""
+        done = self.progress.step
+        rate = learning_rate(self.config.optimizer, done, self.sampler.num_steps)
+        with self._timed("train") as timer:
+            result = train_step(
+                self.engine,
+                self.train,
+                self.sampler.rows_of_step(done),
+                step=done,
+                seed=self.config.seed,
+                micro_batch_size=self.config.training.micro_batch,
+                learning_rate=rate,
+                stop_requested=self.stop_wanted(),
+            )
+        self.progress = replace(
+            self.progress,
+            step=done + 1,
+            rows_consumed=self.progress.rows_consumed + result.rows,
+            tokens=self.progress.tokens + result.tokens,
+            trained_tokens=self.progress.trained_tokens + result.trained_tokens,
+            last_loss=result.loss,
+        )
+        self.log.step(done + 1, result, rate, timer.seconds)
+        return result.stop_requested
+
+    def _evaluate(self) -> None:
+        if self.validation is None:
+            return
+        with self._timed("evaluate"):
+            result = evaluate(self.engine, self.validation, self.config.evaluation.micro_batch)
+        first = self.progress.first_eval_loss
+        self.progress = replace(
+            self.progress, eval_loss=result.loss, first_eval_loss=result.loss if first is None else first
+        )
+        self.log.evaluation(self.progress.step, result)
+
+    def _save(self) -> None:
+        with self._timed("checkpoint") as timer:
+            self.save(self.progress)
+        self.log.say(f"committed step {self.progress.step} in {timer.seconds:.2f}s")
+        self.log.flush()
+
+    @contextmanager
+    def _timed(self, kind: str) -> Any:
+        """Adds the wall seconds of its body to the run's, by kind."""
+        timer = _Timer()
+        yield timer
+        timer.seconds = time.perf_counter() - timer.started
+        seconds = self.progress.seconds
+        self.progress = replace(self.progress, seconds=seconds | {kind: seconds.get(kind, 0.0) + timer.seconds})
+
+
+class _Timer:
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds = 0.0
