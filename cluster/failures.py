@@ -33,10 +33,10 @@ class AttemptEnd:
 
 
 class Action(StrEnum):
-    FINISH = "finish"
+    FINISH = "finished"
     RETRY = "retry"
-    STOP_RESUMABLE = "stop_resumable"
-    FAIL = "fail"
+    STOP_RESUMABLE = "stopped"
+    FAIL = "failed"
     BAD_INPUT = "bad_input"
 
 

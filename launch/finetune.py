@@ -103,7 +103,7 @@ def main(arguments: Sequence[str]) -> int:
     if config.export.at_end:
         from launch.export import export_run
 
-        export_run(job, say=say)
+        export_run(config, job.base, say=say)
     return ExitCode.DONE
 
 

@@ -1,0 +1,71 @@
+"""``baton export``: a run's checkpoint to files that plain transformers and peft load."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+if __package__ in (None, ""):  # as a script: `python launch/export.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from data_shards.storage import Storage
+from launch.cli import config_from, config_parser, run_verb, say
+from launch.config import Config
+from launch.exit_codes import ExitCode
+from launch.job import newest_checkpoint, open_run
+from trainer.config import Method
+from trainer.export import ExportSource, export_adapter, export_full, export_merged
+from trainer.model import locate_base
+from trainer.run_directory import RunDirectory
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+MODEL, ADAPTER, MERGED = "model", "adapter", "merged"
+
+
+def export_folder(run: RunDirectory, step: int) -> Storage:
+    return run.storage.child(f"export/step-{step:08d}")
+
+
+def export_run(
+    config: Config, base: Path, *, step: int | None = None, say: Callable[[str], None] = say
+) -> dict[str, Storage]:
+    """Export a checkpoint, the newest by default.
+
+    Returns:
+        ``{"model": …}`` for a full-parameter run, ``{"adapter": …}`` and perhaps ``{"merged": …}`` for LoRA.
+    """
+    run = open_run(config)
+    ref = newest_checkpoint(run, step)
+    template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None
+    source = ExportSource(run.checkpoints, ref, base, config.model, template)
+    dtype = _DTYPES[config.export.dtype or config.model.precision.value]
+    folder = export_folder(run, ref.step)
+    done = {}
+    if config.training.method == Method.LORA:
+        done[ADAPTER] = folder.child(ADAPTER)
+        export_adapter(source, config.training.lora, done[ADAPTER])
+        if config.export.merge_lora:
+            done[MERGED] = folder.child(MERGED)
+            export_merged(source, config.training.lora, done[MERGED], dtype)
+    else:
+        done[MODEL] = folder.child(MODEL)
+        export_full(source, done[MODEL], dtype)
+    for kind, place in done.items():
+        say(f"exported step {ref.step} ({kind}): {place.uri}")
+    return done
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = config_parser("export")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    options = parser.parse_args(arguments)
+    config = config_from(options)
+    export_run(config, locate_base(config.model), step=options.step)
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb(main, sys.argv[1:]))

@@ -1,0 +1,133 @@
+"""``baton generate``: the same prompts through the base and the tuned model, side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # as a script: `python launch/generate.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from data_shards.chat_template import fix_date
+from data_shards.encode import load_tokenizer, stop_tokens
+from data_shards.errors import BadInput
+from data_shards.records import read_records
+from data_shards.storage import Storage
+from launch.cli import config_from, config_parser, run_verb, say
+from launch.config import Config
+from launch.exit_codes import ExitCode
+from launch.export import ADAPTER, MODEL, export_folder, export_run
+from launch.job import newest_checkpoint, open_run
+from trainer.config import Method
+from trainer.model import build_model, locate_base
+
+
+@dataclass(frozen=True)
+class Prompt:
+    messages: tuple[dict[str, str], ...]
+    """up to the turn that the model shall write; or none, for plain text"""
+    text: str
+    expected: str | None = None
+
+
+def prompts_from_records(config: Config, count: int) -> list[Prompt]:
+    """The first held-out records (training ones if nothing is held out), cut before their last answer."""
+    path = config.data.validation or config.data.train
+    prompts = []
+    for record in islice(read_records(path, config.data.format, config.data.columns), count):
+        if record.text is not None:
+            half = record.text[: len(record.text) // 2]
+            prompts.append(Prompt((), half, record.text[len(half) :]))
+            continue
+        last = max(i for i, message in enumerate(record.messages) if message["role"] == "assistant")
+        before = record.messages[:last]
+        prompts.append(Prompt(before, before[-1]["content"] if before else "", record.messages[last]["content"]))
+    return prompts
+
+
+class Generator:
+    """Greedy completions of one model."""
+
+    def __init__(self, model: Any, config: Config, base: Path, max_new_tokens: int) -> None:
+        self._model = model.eval()
+        self._model.config.use_cache = True
+        self._tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
+        self._stops = self._tokenizer.convert_tokens_to_ids(stop_tokens(self._tokenizer, base))
+        self._max_new_tokens = max_new_tokens
+        template = self._tokenizer.chat_template
+        if config.data.chat_template:
+            template = Path(config.data.chat_template).read_text(encoding="utf-8")
+        self._template = template and fix_date(template, config.data.template_date)
+
+    @torch.no_grad()
+    def complete(self, prompt: Prompt) -> str:
+        if prompt.messages:
+            text = self._tokenizer.apply_chat_template(
+                list(prompt.messages), chat_template=self._template, add_generation_prompt=True, tokenize=False
+            )
+        else:
+            text = prompt.text
+        inputs = self._tokenizer(text, add_special_tokens=not prompt.messages, return_tensors="pt")
+        inputs = inputs.to(self._model.device)
+        output = self._model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=self._max_new_tokens,
+            eos_token_id=self._stops or None,
+            pad_token_id=self._tokenizer.pad_token_id or (self._stops or [0])[0],
+        )
+        return self._tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def load_tuned(config: Config, base: Path) -> Any:
+    """The newest checkpoint as a transformers (or peft) model, exported first if it isn't yet."""
+    run = open_run(config)
+    kind = ADAPTER if config.training.method == Method.LORA else MODEL
+    marker = "adapter_config.json" if kind == ADAPTER else "config.json"
+    place: Storage = export_folder(run, newest_checkpoint(run).step).child(kind)
+    if not place.exists(marker):
+        export_run(config, base, say=say)
+    if place.local_path is None:
+        raise BadInput(f"generate needs a local export; this one is at {place.uri}. Copy it, or use a shared path")
+    if kind == ADAPTER:
+        from peft import PeftModel
+
+        model = build_model(base, config.model, None, seed=config.seed)
+        return PeftModel.from_pretrained(model, str(place.local_path))
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(place.local_path, dtype="auto")
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = config_parser("generate")
+    parser.add_argument("--prompt", action="append", help="a prompt (repeatable); default: held-out records")
+    parser.add_argument("--count", type=int, default=5, help="how many held-out records")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    options = parser.parse_args(arguments)
+    config = config_from(options)
+    base = locate_base(config.model)
+    if options.prompt:
+        prompts = [Prompt(({"role": "user", "content": text},), text) for text in options.prompt]
+    else:
+        prompts = prompts_from_records(config, options.count)
+    models = {"base": build_model(base, config.model, None, seed=config.seed), "tuned": load_tuned(config, base)}
+    generators = {name: Generator(model, config, base, options.max_new_tokens) for name, model in models.items()}
+    for prompt in prompts:
+        print(f"\nprompt    {prompt.text}")
+        for name, generator in generators.items():
+            print(f"{name:9} {generator.complete(prompt)!r}")
+        if prompt.expected is not None:
+            print(f"expected  {prompt.expected!r}")
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb(main, sys.argv[1:]))
