@@ -38,7 +38,7 @@ schema: $(STAMP)
 	$(BIN)/python -m launch.config_schema
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/step_exactness_cost.py
+	$(BIN)/python benchmarks/against_plain_pytorch.py $(BENCH_ARGS)
 
 clean:
 	rm -rf .venv runs build dist *.egg-info

@@ -18,7 +18,8 @@ from data_shards.config import TrainOn
 from data_shards.errors import DataError
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DATE_CALL = re.compile(r"strftime_now\(\s*(['\"])((?:(?!\1).)*)\1\s*\)")
+_DATE_USE = re.compile(r"strftime_now(?!\s+is\b)")
 _STAND_IN = "BatonStandsInForThisTurn7f3a91"
 
 Messages = Sequence[dict[str, str]]
@@ -40,10 +41,10 @@ def fix_date(template: str, date: datetime.date) -> str:
     Raises DataError where a template computes its format, because then training would depend on the day.
     """
     fixed = _DATE_CALL.sub(lambda match: json.dumps(date.strftime(match[2])), template)
-    if re.search(r"strftime_now\s*\(", fixed):
+    if _DATE_USE.search(fixed):
         raise DataError(
-            "the chat template calls strftime_now with a computed format, so its text would change from day to day; "
-            "give a template with a fixed date in data.chat_template"
+            "the chat template uses strftime_now other than with a constant format, so its text would change from day "
+            "to day; give a template with a fixed date in data.chat_template"
         )
     return fixed
 

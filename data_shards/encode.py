@@ -49,7 +49,7 @@ def stop_tokens(tokenizer: Any, base: Path) -> list[str]:
     if config.is_file():
         found = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
         ids |= set(found if isinstance(found, list) else [found]) - {None}
-    return sorted(tokenizer.convert_ids_to_tokens(sorted(ids)))
+    return sorted(filter(None, tokenizer.convert_ids_to_tokens(sorted(ids))))
 
 
 class Encoder:
@@ -70,7 +70,8 @@ class Encoder:
 
     def _find_template(self) -> str | None:
         if self._config.chat_template is None:
-            return self._tokenizer.chat_template
+            own = self._tokenizer.chat_template
+            return own.get("default") if isinstance(own, dict) else own
         try:
             return Path(self._config.chat_template).read_text(encoding="utf-8")
         except OSError as error:
@@ -78,8 +79,11 @@ class Encoder:
 
     def identity(self) -> dict[str, Any]:
         """What the ids and masks depend on besides the records: goes into the fingerprint."""
+        tokenizer = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        # Saved with some tokenizers, and switched off by the first call here.
+        del tokenizer["truncation"], tokenizer["padding"]
         return {
-            "tokenizer": sha256(self._tokenizer.backend_tokenizer.to_str().encode()),
+            "tokenizer": sha256(signed_json.canonical(tokenizer)),
             "special_tokens": sha256(signed_json.canonical(dict(self._tokenizer.special_tokens_map))),
             "template": sha256((self._template_text or "").encode()),
             "stop_tokens": self._stops,
@@ -138,7 +142,12 @@ class Encoder:
         """``ids`` int32 [T], ``offsets`` int64 [T, 2]: characters that each token covers."""
         trained = np.zeros(len(ids), bool)
         for start, stop in rendered.spans:
-            trained |= (offsets[:, 1] > start) & (offsets[:, 0] < stop)
+            inside = (offsets[:, 1] > start) & (offsets[:, 0] < stop)
+            # A header's token may take along the blanks that the answer begins with (rstrip, as Phi-3's do).
+            for token in np.flatnonzero(inside & (offsets[:, 0] < start)):
+                before, within = rendered.text[offsets[token, 0] : start], rendered.text[start : offsets[token, 1]]
+                inside[token] = not before.strip() or bool(within.strip())
+            trained |= inside
         if record.text is not None:
             eos = self._tokenizer.eos_token_id
             if eos is not None and (not len(ids) or ids[-1] != eos):

@@ -114,9 +114,10 @@ def _fit(config: DataConfig, encoded: Encoded) -> list[Sequence]:
     if len(sequence.input_ids) <= limit:
         return [sequence]
     if encoded.record.text is not None:
-        starts = range(0, len(sequence.input_ids), limit)
-        pieces = [Sequence(sequence.input_ids[i : i + limit], sequence.trained[i : i + limit]) for i in starts]
-        return [piece for piece in pieces if piece.num_targets]
+        cuts = list(range(limit, len(sequence.input_ids), limit))
+        if cuts[-1] == len(sequence.input_ids) - 1:
+            cuts[-1] -= 1  # Alone in its piece, the last token (mostly the stop token) would never be predicted.
+        return list(map(Sequence, np.split(sequence.input_ids, cuts), np.split(sequence.trained, cuts)))
     if config.too_long == TooLong.ERROR:
         raise encoded.record.error(
             f"{len(sequence.input_ids)} tokens, more than data.seq_len={limit}; raise it, shorten the record, or set "

@@ -96,11 +96,21 @@ def recognise(path: str, number: int, value: dict[str, Any], columns: ColumnName
     )
 
 
+def _check_characters(path: str, number: int, name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError.at(
+            path, number, f"{name} has half a character ({text[error.start]!r}, a lone surrogate) at {error.start}"
+        ) from error
+
+
 def _text_of(path: str, number: int, value: dict[str, Any], key: str, *, empty_is_fine: bool = False) -> str:
     found = value.get(key)
     if not isinstance(found, str):
         what = "is missing" if key not in value else f"is {type(found).__name__}, not text"
         raise DataError.at(path, number, f"{key!r} {what}; the record has the keys {sorted(value)}")
+    _check_characters(path, number, repr(key), found)
     if not found.strip() and not empty_is_fine:
         raise DataError.at(path, number, f"{key!r} is empty, so there is nothing to learn from this record")
     return found
@@ -118,6 +128,7 @@ def _messages(path: str, number: int, value: dict[str, Any], columns: ColumnName
         content = message.get("content")
         if not isinstance(content, str):
             raise DataError.at(path, number, f"messages[{index}]: content is {type(content).__name__}, not text")
+        _check_characters(path, number, f"messages[{index}]: content", content)
         if role == "assistant" and not content.strip():
             raise DataError.at(path, number, f"messages[{index}]: the assistant's answer is empty")
         turns.append({"role": role, "content": content})

@@ -28,11 +28,8 @@ class SplitReader:
         self._batches = [_open_shard(dataset, shard) for shard in entry.shards]
         self._first_row = np.cumsum([0, *(shard.rows for shard in entry.shards)])
         self.num_rows = entry.rows
-        self._num_trained = (
-            np.concatenate([b.column("num_trained").to_numpy() for shard in self._batches for b in shard])
-            if entry.rows
-            else np.zeros(0, np.int32)
-        )
+        counts = [batch.column("num_trained").to_numpy() for shard in self._batches for batch in shard]
+        self._num_trained = np.concatenate([np.zeros(0, np.int32), *counts])
         if self._first_row[-1] != entry.rows or int(self._num_trained.sum()) != entry.trained_tokens:
             raise CorruptFile(f"{dataset.uri}: the shards of split {split!r} do not add up to what the manifest says")
 

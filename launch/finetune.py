@@ -18,6 +18,7 @@ from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import to_yaml
 from launch.exit_codes import ExitCode
 from launch.job import Job, make_job, settle
+from launch.torchrun import finetune_as_worker, under_torchrun
 from trainer.checkpoint_manifest import Progress
 from trainer.run_directory import utc_now, write_json
 
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--dry-run", action="store_true", help="stop before training and print what would run")
     options = parser.parse_args(arguments)
     config = config_from(options)
+    if under_torchrun():
+        return finetune_as_worker(config)
     print(to_yaml(config), flush=True)
     say(f"run {config.run.name} in {config.run.storage}/{config.run.name}")
     launcher = make_launcher(config.cluster)

@@ -143,8 +143,6 @@ def add_lora(model: torch.nn.Module, config: LoraConfig, *, seed: int) -> torch.
     from peft import get_peft_model
 
     torch.manual_seed(seed)
-    if getattr(model, "is_gradient_checkpointing", False):
-        model.enable_input_require_grads()  # type: ignore[operator]
     return get_peft_model(model, peft_config(config))
 
 

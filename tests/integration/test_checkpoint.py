@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,29 +15,16 @@ from data_shards.storage import Storage
 from tests.integration.test_exactness import ADAMW, full_weights, make_engine
 from tests.support.distributed import run_workers
 from tests.support.plain_loop import plain_run
-from tests.support.tiny import ragged_packs, save_tiny_model
+from tests.support.tiny import DRAFT, ragged_packs, save_tiny_model
 from trainer import checkpoint
-from trainer.checkpoint_manifest import CheckpointManifest, Progress
-from trainer.config import Method
+from trainer.checkpoint_manifest import Progress
+from trainer.config import Method, Precision
 from trainer.errors import CheckpointCorrupt
 from trainer.step import row_digest, train_step
 
 STEPS, SAVED_AT = 40, 15
 PACKS = ragged_packs(19, seed=3)
 SAMPLER = Sampler(num_rows=19, seed=5, global_batch=6, total_rows=6 * STEPS)
-DRAFT = CheckpointManifest(
-    attempt="a1",
-    created="2026-01-01T00:00:00Z",
-    world_size=0,
-    parameters=(),
-    optimizer={"name": "adamw"},
-    progress=Progress(step=SAVED_AT, rows_consumed=SAVED_AT * 6),
-    fingerprint="f",
-    base="b",
-    config={},
-    versions={},
-    files=(),
-)
 
 
 def train(base: str, root: str, *, start: int, stop: int, micro_batch: int, **options: Any) -> Any:
@@ -58,7 +46,8 @@ def train(base: str, root: str, *, start: int, stop: int, micro_batch: int, **op
         for step in range(start, stop)
     ]
     if stop < STEPS:
-        checkpoint.save(engine, checkpoints, DRAFT)
+        draft = replace(DRAFT, progress=Progress(step=SAVED_AT, rows_consumed=SAVED_AT * 6))
+        checkpoint.save(engine, checkpoints, draft)
     return results, full_weights(engine)
 
 
@@ -94,9 +83,10 @@ def saved(smooth_base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
     return root, whole
 
 
-@pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
-def test_same_size_is_bit_equal_even_with_dropout(base: str, tmp_path: Path, method: Method) -> None:
-    options = {"method": method}
+@pytest.mark.parametrize(
+    "options", [{}, {"method": Method.LORA}, {"precision": Precision.BF16}], ids=["full", "lora", "bf16"]
+)
+def test_same_size_is_bit_equal_even_with_dropout(base: str, tmp_path: Path, options: dict[str, Any]) -> None:
     whole, weights = run_workers(phases, 2, base, str(tmp_path), 0, STEPS, 2, options)[0]
     run_workers(phases, 2, base, str(tmp_path), 0, SAVED_AT, 2, options)
     resumed, again = run_workers(phases, 2, base, str(tmp_path), SAVED_AT, STEPS, 2, options)[0]

@@ -69,12 +69,13 @@ def make_engine(
     optimizer: OptimizerConfig,
     kind: type[ZeroEngine] = ZeroEngine,
     method: Method = Method.FULL,
+    precision: Precision = Precision.FP32,
     **model_options: Any,
 ) -> ZeroEngine:
-    config = deepspeed_config(Precision.FP32, optimizer.max_grad_norm, ZeroConfig(param_persistence_threshold=50))
+    config = deepspeed_config(precision, optimizer.max_grad_norm, ZeroConfig(param_persistence_threshold=50))
     model = build_trained_model(
         Path(base),
-        ModelConfig(base=base, precision=Precision.FP32, **model_options),
+        ModelConfig(base=base, precision=precision, **model_options),
         method,
         LoraConfig(rank=4),
         config,
@@ -113,6 +114,28 @@ def run(base: str, optimizer: OptimizerConfig, micro_batch: int, kind: type[Zero
 
 def run_all(base: str, cases: list[tuple[OptimizerConfig, int]]) -> list[Any]:
     return [run(base, optimizer, micro_batch, ZeroEngine, STEPS) for optimizer, micro_batch in cases]
+
+
+def run_variants(base: str, variants: list[dict[str, Any]]) -> list[list[Any]]:
+    """Three SGD steps of each variant of model and method."""
+    found = []
+    for variant in variants:
+        engine = make_engine(base, SGD, **variant)
+        found.append(
+            [
+                train_step(
+                    engine,
+                    PACKS,
+                    SAMPLER.rows_of_step(step),
+                    step=step,
+                    seed=7,
+                    micro_batch_size=2,
+                    learning_rate=SGD.lr,
+                )
+                for step in range(3)
+            ]
+        )
+    return found
 
 
 def run_mutant(base: str, kind: type[ZeroEngine]) -> Any:
@@ -179,3 +202,24 @@ def test_mutants_are_caught(base: str, references: dict[OptimizerName, PlainRun]
     results = run_workers(run_mutant, 2, base, mutant)[0]
     error = np.max(np.abs(np.array([r.grad_norm for r in results]) / references[OptimizerName.SGD].grad_norms[:3] - 1))
     assert error > 1e-3, f"{mutant.__name__} went unnoticed (gradient norm off by {error:.1e})"
+
+
+def test_what_must_not_change_the_figures(base: str, references: dict[OptimizerName, PlainRun]) -> None:
+    """Activation checkpointing and the attention kernel change nothing; bf16 changes little; LoRA works with all."""
+    reference = references[OptimizerName.SGD]
+    recompute = {"activation_checkpointing": True}
+    variants: list[dict[str, Any]] = [
+        recompute,
+        {"attention": "eager"},
+        {"method": Method.LORA},
+        {"method": Method.LORA, **recompute},
+        {"precision": Precision.BF16},
+    ]
+    checkpointed, eager, lora, lora_checkpointed, bf16 = run_workers(run_variants, 2, base, variants)[0]
+    for results in (checkpointed, eager):
+        assert [r.loss for r in results] == pytest.approx(reference.losses[:3], rel=1e-5)
+        assert [r.grad_norm for r in results] == pytest.approx(reference.grad_norms[:3], rel=1e-5)
+    assert [r.grad_norm for r in lora_checkpointed] == pytest.approx([r.grad_norm for r in lora], rel=1e-5)
+    assert lora[0].loss == pytest.approx(reference.losses[0], rel=1e-5), "an untrained adapter changes nothing"
+    assert [r.loss for r in bf16] == pytest.approx(reference.losses[:3], rel=1e-2)
+    assert [r.grad_norm for r in bf16] == pytest.approx(reference.grad_norms[:3], rel=5e-2)

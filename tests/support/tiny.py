@@ -9,8 +9,24 @@ import numpy as np
 import torch
 
 from data_shards.pack import Pack
+from trainer.checkpoint_manifest import CheckpointManifest, Progress
 
 VOCAB = 97
+
+DRAFT = CheckpointManifest(
+    attempt="a1",
+    created="2026-01-01T00:00:00Z",
+    world_size=0,
+    parameters=(),
+    optimizer={"name": "adamw"},
+    progress=Progress(),
+    fingerprint="f",
+    base="b",
+    config={},
+    versions={},
+    files=(),
+)
+"""A checkpoint manifest to be completed by what saves it."""
 
 
 def tiny_config(family: str = "llama", *, tied: bool = False, vocab_size: int = VOCAB, **overrides: Any) -> Any:

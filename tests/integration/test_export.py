@@ -1,0 +1,98 @@
+"""What is exported loads in plain transformers and peft, and computes what the trained engine computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_shards.storage import Storage
+from tests.integration.test_exactness import ADAMW, make_engine
+from tests.support.distributed import run_workers
+from tests.support.tiny import DRAFT, ragged_packs, save_tiny_model
+from trainer import checkpoint
+from trainer.config import LoraConfig, Method, ModelConfig, Precision
+from trainer.export import ExportSource, export_adapter, export_full, export_merged, write_model_files
+from trainer.step import train_step
+from trainer.tensor_files import TensorSpec
+
+IDS = torch.arange(2, 42)[None]
+LORA = LoraConfig(rank=4)
+
+
+def train_and_save(base: str, root: str, method: Method) -> torch.Tensor:
+    """A few steps, a checkpoint, and the engine's own logits: fp32 [1, T, V]."""
+    import numpy as np
+
+    engine = make_engine(base, ADAMW, method=method)
+    for step in range(4):
+        rows = np.arange(step * 3, step * 3 + 3)
+        train_step(engine, ragged_packs(12), rows, step=step, seed=0, micro_batch_size=2, learning_rate=3e-3)
+    checkpoint.save(engine, Storage.at(root), DRAFT)
+    engine.module.eval()
+    with torch.no_grad():
+        return engine._engine(input_ids=IDS, use_cache=False).logits
+
+
+def source_of(base: Path, root: Path) -> ExportSource:
+    storage = Storage.at(root)
+    model = ModelConfig(base=str(base), precision=Precision.FP32)
+    return ExportSource(storage, checkpoint.committed(storage)[-1], base, model)
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model.eval()(input_ids=IDS, use_cache=False).logits
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return bool((a - b).abs().max() <= 1e-5 * b.abs().max())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_full_export_equals_the_engine(tmp_path: Path, family: str, tied: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = save_tiny_model(tmp_path / "base", family, tied=tied)
+    expected = run_workers(train_and_save, 2, str(base), str(tmp_path / "checkpoints"), Method.FULL)[0]
+    export_full(source_of(base, tmp_path / "checkpoints"), Storage.at(tmp_path / "out"), torch.float32)
+    tuned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert tuned.dtype == torch.float32 and tuned.config.tie_word_embeddings == tied
+    assert close(logits(tuned), expected)
+    assert not close(logits(AutoModelForCausalLM.from_pretrained(base)), expected), "training must have moved it"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "mistral"])
+def test_adapter_and_merged_model_agree(tmp_path: Path, family: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = save_tiny_model(tmp_path / "base", family, tied=family == "qwen2")
+    expected = run_workers(train_and_save, 2, str(base), str(tmp_path / "checkpoints"), Method.LORA)[0]
+    source = source_of(base, tmp_path / "checkpoints")
+    assert sum(p.numel for p in source.ref.manifest.parameters) < 0.3 * sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters()
+    ), "a LoRA checkpoint holds the adapter only"
+    export_adapter(source, LORA, Storage.at(tmp_path / "adapter"))
+    export_merged(source, LORA, Storage.at(tmp_path / "merged"), torch.float32)
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(tmp_path / "adapter"))
+    assert close(logits(adapted), expected)
+    assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+    assert not close(logits(AutoModelForCausalLM.from_pretrained(base)), expected)
+
+
+def test_large_models_are_split_with_an_index(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = save_tiny_model(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    state = model.state_dict()
+    specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in state.items()}
+    target = Storage.at(tmp_path / "split")
+    write_model_files(target, specs, state.__getitem__, max_file_bytes=20_000)
+    (tmp_path / "split" / "config.json").write_bytes((base / "config.json").read_bytes())
+    assert len(list((tmp_path / "split").glob("model-*.safetensors"))) > 2
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "split")), logits(model))

@@ -1,0 +1,123 @@
+"""Runs the command line as a user would: as a process, from a working tree, watched line by line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Offline, telemetry off, auth explicit; no leftovers of an outer Ray."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+        **extra,
+    }
+
+
+class Command:
+    """A started ``python launch/<verb>.py …`` whose output is collected as it comes."""
+
+    def __init__(self, verb: str, *arguments: str, tree: Path = ROOT, cwd: Path | None = None, **extra: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(tree / "launch" / f"{verb}.py"), *arguments],
+            cwd=cwd or tree,
+            env=environment(**extra),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.lines: list[str] = []
+        self._changed = threading.Condition()
+        threading.Thread(target=self._collect, daemon=True).start()
+
+    def _collect(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            with self._changed:
+                self.lines.append(line.rstrip("\n"))
+                self._changed.notify_all()
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.lines)
+
+    def wait_for(self, pattern: str, timeout_s: float = 120) -> re.Match[str]:
+        """The first match of ``pattern`` in the output. Fails with the output if the command ends or time runs out."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            while True:
+                if found := re.search(pattern, self.output):
+                    return found
+                assert self.process.poll() is None and time.monotonic() < deadline, f"no {pattern!r} in:\n{self.output}"
+                self._changed.wait(0.5)
+
+    def finish(self, timeout_s: float = 240) -> int:
+        code = self.process.wait(timeout_s)
+        time.sleep(0.2)  # the collecting thread may have a last line to take
+        return code
+
+    def kill(self) -> None:
+        """SIGKILL to the driver alone, as an out-of-memory killer would."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+def run(verb: str, *arguments: str, timeout_s: float = 240, **options: Any) -> Command:
+    command = Command(verb, *arguments, **options)
+    command.finish(timeout_s)
+    return command
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run left in its folder."""
+
+    path: Path
+
+    @property
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.path / "result.json").read_text())
+
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """Step records by step, those of later attempts in place of earlier ones."""
+        starts = [json.loads(path.read_text()) for path in self.path.glob("attempts/*/start.json")]
+        found = {}
+        for start in sorted(starts, key=lambda value: value["number"]):
+            for path in sorted(self.path.glob(f"attempts/{start['attempt']}/steps/*.jsonl")):
+                for line in path.read_text().splitlines():
+                    record = json.loads(line)
+                    found[record["step"]] = record
+        return found
+
+    def trace(self) -> list[tuple[float, float, int]]:
+        """(loss, gradient norm, digest of the rows) of every step, in order; fails if one is missing."""
+        steps = self.steps()
+        assert sorted(steps) == list(range(1, len(steps) + 1))
+        return [(steps[i]["loss"], steps[i]["grad_norm"], steps[i]["rows_digest"]) for i in sorted(steps)]
+
+
+def write_config(folder: Path, values: dict[str, Any], name: str = "run") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path

@@ -1,0 +1,56 @@
+"""Which commits count: the chain of attempts, and fencing on the reader's side."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from tests.support.tiny import DRAFT
+from trainer.checkpoint import directory_name
+from trainer.checkpoint_manifest import MANIFEST, Progress
+from trainer.run_directory import RunDirectory
+
+
+def commit(run: RunDirectory, attempt: str, step: int) -> str:
+    """A committed checkpoint of one rank with an empty file."""
+    name = directory_name(step, attempt)
+    folder = run.checkpoints.child(name)
+    entry = folder.write("rank-00000.safetensors", [b"x"])
+    manifest = replace(DRAFT, attempt=attempt, progress=Progress(step=step), world_size=1, files=(entry,))
+    folder.write(MANIFEST, [manifest.to_bytes()])
+    return name
+
+
+def steps(run: RunDirectory) -> list[int]:
+    return [ref.step for ref in run.usable_checkpoints(report=lambda line: None)]
+
+
+def test_commits_of_a_superseded_attempt_beyond_its_successors_start_are_ignored(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    first = run.start_attempt(None, None, ())
+    commit(run, first.attempt, 5)
+    second = run.start_attempt(first, run.usable_checkpoints()[-1], ())
+    commit(run, first.attempt, 10)  # a zombie of the first attempt goes on committing
+    commit(run, second.attempt, 8)
+    commit(run, "a-stranger", 20)
+    assert steps(run) == [5, 8]
+    assert [start.attempt for start in run.lineage()] == [first.attempt, second.attempt]
+
+
+def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    start = run.start_attempt(None, None, ())
+    for step in (2, 4, 6):
+        commit(run, start.attempt, step)
+    assert [name[:8] for name in run.prune(2)] == ["00000002"]
+    assert steps(run) == [4, 6]
+    # A newest one that is damaged does not count as kept: the newest valid one must stay.
+    (tmp_path / "checkpoints" / directory_name(6, start.attempt) / "rank-00000.safetensors").write_bytes(b"xx")
+    assert run.prune(1) == [] and steps(run) == [4]
+
+
+def test_an_unfinished_start_is_no_attempt(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    assert run.lineage() == [] and run.usable_checkpoints() == []
+    (tmp_path / "attempts" / "half").mkdir(parents=True)
+    assert run.lineage() == []
