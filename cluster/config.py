@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from pydantic import Field
 
-from trainer.config import ConfigModel
+from data_shards.config import ConfigModel
 
 
 class Launcher(StrEnum):

@@ -51,13 +51,11 @@ class LocalProcesses:
 
     def run(self, spec: WorkerSpec) -> str:
         attempt = RunDirectory.at(spec.run_uri).attempt(spec.attempt)
-        attempt.write("spec.json", [spec.model_dump_json(indent=1).encode()])
-        assert attempt.local_path is not None or self._config.num_workers
-        path = attempt.local_path
-        if path is None:
+        if attempt.local_path is None:
             raise BadInput("cluster.launcher=processes needs run.storage on a local or shared path")
-        workers = [self._start(rank, port, path / "spec.json") for port in [free_port()] for rank in range(self._size)]
-        return self._wait(workers)
+        attempt.write("spec.json", [spec.model_dump_json(indent=1).encode()])
+        port = free_port()
+        return self._wait([self._start(rank, port, attempt.local_path / "spec.json") for rank in range(self._size)])
 
     @property
     def _size(self) -> int:

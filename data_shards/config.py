@@ -8,6 +8,12 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
+class ConfigModel(BaseModel):
+    """Base of every configuration section: unknown keys are refused, values can't change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
 class RecordFormat(StrEnum):
     AUTO = "auto"
     MESSAGES = "messages"
@@ -26,17 +32,14 @@ class TooLong(StrEnum):
     ERROR = "error"
 
 
-class ColumnNames(BaseModel):
+class ColumnNames(ConfigModel):
     """Names of the two columns of question/answer records."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     prompt: str = "question"
     response: str = "answer"
 
 
-class DataConfig(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class DataConfig(ConfigModel):
     train: str = Field(description="A .jsonl file of records.")
     validation: str | None = Field(None, description="A .jsonl file held out for evaluation.")
     validation_fraction: float = Field(

@@ -25,7 +25,12 @@ class SplitReader:
 
     def __init__(self, dataset: Storage, manifest: DatasetManifest, split: str) -> None:
         entry = manifest.splits[split]
-        self._batches = [_open_shard(dataset, shard) for shard in entry.shards]
+        try:
+            self._batches = [_open_shard(dataset, shard) for shard in entry.shards]
+        except CorruptFile as error:
+            raise CorruptFile(
+                f"{error}. To prepare the dataset anew, delete {dataset.uri} and run the same command again"
+            ) from error
         self._first_row = np.cumsum([0, *(shard.rows for shard in entry.shards)])
         self.num_rows = entry.rows
         counts = [batch.column("num_trained").to_numpy() for shard in self._batches for batch in shard]

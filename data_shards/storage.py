@@ -237,10 +237,10 @@ class VerifiedReader:
 
 
 def content_hash(paths: Iterable[Path]) -> str:
-    """xxh3-128 over names and contents, for identity on our own side, not against forgers."""
+    """xxh3-128 over contents in the given order: an identity among our own files, not a guard against forgers."""
     digest = xxhash.xxh3_128()
     for path in paths:
-        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
+        digest.update(f"{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(BLOCK_BYTES):
                 digest.update(chunk)

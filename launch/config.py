@@ -14,9 +14,9 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from cluster.config import ClusterConfig
-from data_shards.config import DataConfig
+from data_shards.config import ConfigModel, DataConfig
 from data_shards.errors import BadInput
-from trainer.config import ConfigModel, TrainerConfig
+from trainer.config import TrainerConfig
 
 
 class RunSection(ConfigModel):

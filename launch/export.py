@@ -29,6 +29,13 @@ def export_folder(run: RunDirectory, step: int) -> Storage:
     return run.storage.child(f"export/step-{step:08d}")
 
 
+def find_export(config: Config, step: int) -> Storage | None:
+    """The model or adapter exported from this step, if it is complete."""
+    kind, marker = (ADAPTER, "adapter_config.json") if config.training.method == Method.LORA else (MODEL, "config.json")
+    place = export_folder(open_run(config), step).child(kind)
+    return place if place.exists(marker) else None
+
+
 def export_run(
     config: Config, base: Path, *, step: int | None = None, say: Callable[[str], None] = say
 ) -> dict[str, Storage]:

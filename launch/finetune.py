@@ -17,7 +17,8 @@ from cluster.launcher import WorkerLauncher
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import to_yaml
 from launch.exit_codes import ExitCode
-from launch.job import Job, make_job, settle
+from launch.export import export_run, find_export
+from launch.job import Job, make_job, newest_checkpoint, settle
 from launch.torchrun import finetune_as_worker, under_torchrun
 from trainer.checkpoint_manifest import Progress
 from trainer.run_directory import utc_now, write_json
@@ -103,10 +104,8 @@ def main(arguments: Sequence[str]) -> int:
                 return _EXIT_CODES[submission.decision.action]
     finally:
         launcher.close()
-    if config.export.at_end:
-        from launch.export import export_run
-
-        export_run(config, job.base, say=say)
+    if config.export.at_end and find_export(config, newest_checkpoint(job.run).step) is None:
+        export_run(config, job.base)
     return ExitCode.DONE
 
 

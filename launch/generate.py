@@ -18,11 +18,10 @@ from data_shards.chat_template import fix_date
 from data_shards.encode import load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
 from data_shards.records import read_records
-from data_shards.storage import Storage
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import Config
 from launch.exit_codes import ExitCode
-from launch.export import ADAPTER, MODEL, export_folder, export_run
+from launch.export import export_run, find_export
 from launch.job import newest_checkpoint, open_run
 from trainer.config import Method
 from trainer.model import build_model, locate_base
@@ -88,15 +87,14 @@ class Generator:
 
 def load_tuned(config: Config, base: Path) -> Any:
     """The newest checkpoint as a transformers (or peft) model, exported first if it isn't yet."""
-    run = open_run(config)
-    kind = ADAPTER if config.training.method == Method.LORA else MODEL
-    marker = "adapter_config.json" if kind == ADAPTER else "config.json"
-    place: Storage = export_folder(run, newest_checkpoint(run).step).child(kind)
-    if not place.exists(marker):
+    step = newest_checkpoint(open_run(config)).step
+    if find_export(config, step) is None:
         export_run(config, base, say=say)
+    place = find_export(config, step)
+    assert place is not None, "export_run has just made it"
     if place.local_path is None:
         raise BadInput(f"generate needs a local export; this one is at {place.uri}. Copy it, or use a shared path")
-    if kind == ADAPTER:
+    if config.training.method == Method.LORA:
         from peft import PeftModel
 
         model = build_model(base, config.model, None, seed=config.seed)

@@ -19,12 +19,12 @@ from trainer.model import build_model
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "launch" / "configs" / "quickstart.yaml"
 INPUTS = Path("runs/quickstart-inputs")
-NUM_PROMPTS = 60
+NUM_PROMPTS = 40
 
 
 def exact_matches(model: Any, config: Config, prompts: list[Prompt]) -> list[str]:
     """The model's answers; right where they equal the expected text to the letter."""
-    generator = Generator(model, config, Path(config.model.base), max_new_tokens=64)
+    generator = Generator(model, config, Path(config.model.base), max_new_tokens=48)
     return [generator.complete(prompt) for prompt in prompts]
 
 

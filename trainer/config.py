@@ -5,13 +5,9 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class ConfigModel(BaseModel):
-    """Base of every configuration section: unknown keys are refused, values can't change."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from data_shards.config import ConfigModel
 
 
 class Method(StrEnum):
