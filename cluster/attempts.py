@@ -14,9 +14,7 @@ from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, root
 from cluster.launcher import WorkerLauncher
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
-from trainer.run_directory import RunDirectory, read_json, utc_now, write_json
-
-Say = Callable[[str], None]
+from trainer.run_directory import NoUsableCheckpoint, RunDirectory, Say, read_json, utc_now, write_json
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,13 @@ class _StopRequest:
     def forward(self) -> None:
         if self.wanted and self.attempt is not None:
             self._run.request_stop(self.attempt, "the driver was asked to stop")
+
+    def arrives_within(self, seconds: float) -> bool:
+        """Sleep, but not through a signal. Polled: an Event set in a signal handler could deadlock with its waiter."""
+        deadline = time.monotonic() + seconds
+        while not self.wanted and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return self.wanted
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -84,7 +89,10 @@ def run_attempts(
     stop = _StopRequest(run, say)
     with stop.listening():
         while True:
-            resume_from = _newest(run, say, corrupt)
+            try:
+                resume_from = run.newest(say, corrupt)
+            except NoUsableCheckpoint as error:
+                return Submission(Decision(Action.FAIL, str(error)), parent.number if parent else 0, None)
             start = run.start_attempt(parent, resume_from, allowed_changes)
             parent = start
             where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
@@ -97,21 +105,26 @@ def run_attempts(
             if end.error is not None and end.error.checkpoint is not None:
                 corrupt |= {end.error.checkpoint}
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
+            if decision.action == Action.RETRY:
+                say(
+                    f"attempt {start.number} failed ({decision.reason}); the next one starts in {decision.delay_s:.0f}s"
+                )
+                if stop.arrives_within(decision.delay_s):
+                    decision = decide(history, max_failures_without_progress, stop_wanted=True)
             record = {"decision": asdict(decision), "end": asdict(end), "at": utc_now()}
             write_json(run.attempt(start.attempt), "decision.json", record)
             if decision.action != Action.RETRY:
-                return Submission(decision, start.number, _newest(run, say, corrupt))
-            say(f"attempt {start.number} failed ({decision.reason}); the next one starts in {decision.delay_s:.0f}s")
-            time.sleep(decision.delay_s)
+                return Submission(decision, start.number, _newest(run, corrupt))
 
 
-def _newest(run: RunDirectory, say: Say, corrupt: frozenset[str]) -> CheckpointRef | None:
-    usable = run.usable_checkpoints(say, corrupt)
+def _newest(run: RunDirectory, corrupt: frozenset[str]) -> CheckpointRef | None:
+    """For reports: None also where nothing can be used."""
+    usable = run.survey(lambda line: None, corrupt).usable
     return usable[-1] if usable else None
 
 
 def _end_of(run: RunDirectory, attempt: str, start_step: int, lost: str, corrupt: frozenset[str]) -> AttemptEnd:
-    newest = _newest(run, lambda line: None, corrupt)
+    newest = _newest(run, corrupt)
     committed = newest.step if newest else 0
     end = read_json(run.attempt(attempt), "end.json")
     if end is not None:

@@ -52,6 +52,12 @@ def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
     return min(errors, key=lambda e: (not e.bad_input, e.retryable, e.checkpoint is None, e.rank), default=None)
 
 
+def _cause(end: AttemptEnd) -> str:
+    """The reason in words; where workers were lost, their end explains the errors that the others saw."""
+    error = f"{end.error.type}: {end.error.message}" if end.error else ""
+    return "; ".join(filter(None, [error, end.lost_workers])) or "the workers vanished"
+
+
 def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *, stop_wanted: bool) -> Decision:
     """What follows the last of these attempts of one submission.
 
@@ -61,13 +67,16 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
     last = history[-1]
     if last.kind == EndKind.FINISHED:
         return Decision(Action.FINISH, "all steps are done")
-    if last.kind == EndKind.STOPPED or stop_wanted:
-        return Decision(Action.STOP_RESUMABLE, f"stopped on request; step {last.committed_step} is saved")
-    cause = f"{last.error.type}: {last.error.message}" if last.error else last.lost_workers or "the workers vanished"
+    stopped = Decision(Action.STOP_RESUMABLE, f"stopped on request; step {last.committed_step} is saved")
+    if last.kind == EndKind.STOPPED:
+        return stopped
+    cause = _cause(last)
     if last.error and last.error.bad_input:
         return Decision(Action.BAD_INPUT, cause)
     if last.error and not last.error.retryable:
         return Decision(Action.FAIL, cause)
+    if stop_wanted:
+        return stopped
     barren = 0
     for end in reversed(history):
         if end.made_progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def _train_function(arguments: dict[str, Any]) -> None:
     """Runs in each Ray Train worker, in a thread, with the process group up and torchrun's environment set."""
     from trainer.worker import run_worker
 
-    run_worker(WorkerSpec.model_validate(arguments["spec"]), group_timeout_s=arguments["timeout_s"])
+    run_worker(WorkerSpec.model_validate(arguments["spec"]))
 
 
 class RayTrain:
@@ -87,16 +88,14 @@ class RayTrain:
 
     def run(self, spec: WorkerSpec) -> str:
         """One ``fit()`` without Ray's own retries: what to do after a failure is decided in ``cluster.failures``."""
+        from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError
 
         trainer = TorchTrainer(
             _train_function,
-            train_loop_config={
-                "spec": spec.model_dump(mode="json"),
-                "timeout_s": self._config.collective_timeout_s,
-            },
+            train_loop_config={"spec": spec.model_dump(mode="json")},
             torch_config=TorchConfig(
                 backend="nccl" if self._use_gpu else "gloo", timeout_s=int(self._config.collective_timeout_s)
             ),
@@ -106,12 +105,17 @@ class RayTrain:
                 resources_per_worker={name: amount for name, amount in self._bundle().items() if amount},
             ),
             run_config=RunConfig(
-                name="ray", storage_path=f"{spec.run_uri}/attempts/{spec.attempt}", failure_config=FailureConfig()
+                name="ray",
+                storage_path=f"{spec.run_uri}/attempts/{spec.attempt}",
+                failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+                worker_runtime_env={} if self._use_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             ),
         )
         try:
-            trainer.fit()
-        except TrainingFailedError as error:
+            # Not on the main thread: there it would replace our signal handlers, and Ctrl-C would save nothing.
+            with ThreadPoolExecutor(1) as pool:
+                pool.submit(trainer.fit).result()
+        except (TrainingFailedError, RayError) as error:
             return f"Ray Train reports: {str(error).strip().splitlines()[-1][:300]}"
         return ""
 

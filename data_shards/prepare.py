@@ -100,7 +100,8 @@ def _split_names(config: DataConfig) -> list[str]:
     return [TRAIN, VALIDATION] if config.validation or config.validation_fraction else [TRAIN]
 
 
-def _records_of(config: DataConfig, split: str) -> Iterator[Record]:
+def records_of(config: DataConfig, split: str) -> Iterator[Record]:
+    """The records of one split, in the file's order."""
     path = config.validation if split == VALIDATION and config.validation else config.train
     for record in read_records(path, config.format, config.columns):
         held_out = record.split_position() < config.validation_fraction
@@ -131,7 +132,7 @@ def _prepare_split(
 ) -> SplitEntry:
     sequences: list[Sequence] = []
     records = dropped = 0
-    for encoded in encoder.encode(_records_of(config, split)):
+    for encoded in encoder.encode(records_of(config, split)):
         pieces = _fit(config, encoded)
         sequences += pieces
         records += 1

@@ -151,8 +151,11 @@ class Storage:
 
     def read(self, relative: str) -> bytes:
         """Raises FileNotFoundError."""
-        with self._filesystem.open_input_file(self._full(relative)) as file:
-            return file.read()
+        try:
+            with self._filesystem.open_input_file(self._full(relative)) as file:
+                return file.read()
+        except NotADirectoryError as error:
+            raise FileNotFoundError(*error.args) from error
 
     def open(self, relative: str) -> pa.NativeFile:
         """For random access; memory-mapped where it is local."""

@@ -64,6 +64,11 @@ def run_verb(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> 
     except BatonError as error:
         print(f"baton: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return int(ExitCode.FAILED)
+    except OSError as error:
+        print(
+            f"baton: {error}. Nothing committed is lost; mend it and run the command again", file=sys.stderr, flush=True
+        )
+        return int(ExitCode.FAILED)
 
 
 def main() -> int:

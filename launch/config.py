@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.config import ClusterConfig
 from data_shards.config import ConfigModel, DataConfig
@@ -43,6 +43,12 @@ class Config(TrainerConfig):
     init_from: str | None = Field(
         None, description="A run's folder, or folder@step: begin a new run with its weights (and a fresh optimizer)."
     )
+
+    @model_validator(mode="after")
+    def _merge_needs_a_base(self) -> Config:
+        if self.export.merge_lora and self.model.random_init:
+            raise ValueError("export.merge_lora needs the base's weights, and model.random_init=true has none")
+        return self
 
     def trainer(self) -> TrainerConfig:
         return TrainerConfig.model_validate({name: getattr(self, name) for name in TrainerConfig.model_fields})

@@ -15,7 +15,7 @@ from data_shards.storage import Storage
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import Config
 from launch.exit_codes import ExitCode
-from launch.job import newest_checkpoint, open_run
+from launch.places import newest_checkpoint, open_run
 from trainer.config import Method
 from trainer.export import ExportSource, export_adapter, export_full, export_merged
 from trainer.model import locate_base
@@ -29,11 +29,18 @@ def export_folder(run: RunDirectory, step: int) -> Storage:
     return run.storage.child(f"export/step-{step:08d}")
 
 
-def find_export(config: Config, step: int) -> Storage | None:
-    """The model or adapter exported from this step, if it is complete."""
-    kind, marker = (ADAPTER, "adapter_config.json") if config.training.method == Method.LORA else (MODEL, "config.json")
+def find_export(config: Config, step: int, kind: str | None = None) -> Storage | None:
+    """The complete export of this step, by default the model or the adapter; None where there is none."""
+    kind = kind or (ADAPTER if config.training.method == Method.LORA else MODEL)
     place = export_folder(open_run(config), step).child(kind)
-    return place if place.exists(marker) else None
+    return place if place.exists("adapter_config.json" if kind == ADAPTER else "config.json") else None
+
+
+def missing_exports(config: Config, step: int) -> list[str]:
+    """Kinds that the configuration asks for and that are not there yet."""
+    merged = [MERGED] if config.export.merge_lora else []
+    kinds = [ADAPTER, *merged] if config.training.method == Method.LORA else [MODEL]
+    return [kind for kind in kinds if find_export(config, step, kind) is None]
 
 
 def export_run(

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 if __package__ in (None, ""):  # as a script: `python launch/finetune.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cluster.attempts import Submission, run_attempts
+from cluster.attempts import run_attempts
 from cluster.config import ClusterConfig, Launcher
 from cluster.failures import Action
 from cluster.launcher import WorkerLauncher
+from data_shards.errors import BadInput
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import to_yaml
 from launch.exit_codes import ExitCode
-from launch.export import export_run, find_export
-from launch.job import Job, make_job, newest_checkpoint, settle
+from launch.job import Job, export_if_asked, make_job, settle, write_result
 from launch.torchrun import finetune_as_worker, under_torchrun
-from trainer.checkpoint_manifest import Progress
-from trainer.run_directory import utc_now, write_json
 
 _EXIT_CODES = {
     Action.FINISH: ExitCode.DONE,
@@ -41,22 +38,6 @@ def make_launcher(config: ClusterConfig) -> WorkerLauncher:
     return RayTrain(config)
 
 
-def write_result(job: Job, submission: Submission) -> None:
-    """``result.json``: how the run stands, for scripts."""
-    ref = submission.checkpoint
-    progress = asdict(ref.manifest.progress if ref else Progress())
-    result = {
-        "status": submission.decision.action.value,
-        "reason": submission.decision.reason,
-        **progress,
-        "num_steps": job.sampler.num_steps,
-        "attempts": submission.attempts,
-        "checkpoint": ref.name if ref else None,
-        "written": utc_now(),
-    }
-    write_json(job.run.storage, "result.json", result)
-
-
 def describe(job: Job) -> None:
     split = job.dataset.manifest.splits["train"]
     config = job.config
@@ -73,6 +54,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     config = config_from(options)
     if under_torchrun():
+        if options.dry_run:
+            raise BadInput("--dry-run prints what would run once; give it without torchrun")
         return finetune_as_worker(config)
     print(to_yaml(config), flush=True)
     say(f"run {config.run.name} in {config.run.storage}/{config.run.name}")
@@ -82,31 +65,37 @@ def main(arguments: Sequence[str]) -> int:
         job = make_job(config, say)
         describe(job)
         if options.dry_run:
+            settle(job, say, record=False)
             say("dry run: nothing was started")
             return ExitCode.DONE
-        standing = settle(job, say)
-        if standing.finished:
-            say(
-                f"the run is finished: step {standing.newest.step if standing.newest else 0} is its last; nothing to do"
-            )
-        else:
-            submission = run_attempts(
-                job.run,
-                launcher,
-                job.spec,
-                max_failures_without_progress=config.cluster.max_failures_without_progress,
-                allowed_changes=standing.allowed_changes,
-                say=say,
-            )
-            write_result(job, submission)
-            say(f"{submission.decision.action.value}: {submission.decision.reason}")
-            if submission.decision.action != Action.FINISH:
-                return _EXIT_CODES[submission.decision.action]
+        action = train(job, launcher)
     finally:
         launcher.close()
-    if config.export.at_end and find_export(config, newest_checkpoint(job.run).step) is None:
-        export_run(config, job.base)
-    return ExitCode.DONE
+    if action == Action.FINISH:
+        export_if_asked(job)
+    return _EXIT_CODES[action]
+
+
+def train(job: Job, launcher: WorkerLauncher) -> Action:
+    """Carry the run on until the policy ends it, or say that there is nothing to do."""
+    standing = settle(job, say)
+    if standing.finished:
+        reason = "all steps are done"
+        say(f"the run is finished: step {standing.newest.step if standing.newest else 0} is its last; nothing to do")
+        write_result(job, standing.newest, Action.FINISH.value, reason)
+        return Action.FINISH
+    submission = run_attempts(
+        job.run,
+        launcher,
+        job.spec,
+        max_failures_without_progress=job.config.cluster.max_failures_without_progress,
+        allowed_changes=standing.allowed_changes,
+        say=say,
+    )
+    decision = submission.decision
+    write_result(job, submission.checkpoint, decision.action.value, decision.reason)
+    say(f"{decision.action.value}: {decision.reason}")
+    return decision.action
 
 
 if __name__ == "__main__":

@@ -17,12 +17,12 @@ import torch
 from data_shards.chat_template import fix_date
 from data_shards.encode import load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
-from data_shards.records import read_records
+from data_shards.prepare import TRAIN, VALIDATION, records_of
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import Config
 from launch.exit_codes import ExitCode
 from launch.export import export_run, find_export
-from launch.job import newest_checkpoint, open_run
+from launch.places import newest_checkpoint, open_run
 from trainer.config import Method
 from trainer.model import build_model, locate_base
 
@@ -37,9 +37,9 @@ class Prompt:
 
 def prompts_from_records(config: Config, count: int) -> list[Prompt]:
     """The first held-out records (training ones if nothing is held out), cut before their last answer."""
-    path = config.data.validation or config.data.train
+    split = VALIDATION if config.data.validation or config.data.validation_fraction else TRAIN
     prompts = []
-    for record in islice(read_records(path, config.data.format, config.data.columns), count):
+    for record in islice(records_of(config.data, split), count):
         if record.text is not None:
             half = record.text[: len(record.text) // 2]
             prompts.append(Prompt((), half, record.text[len(half) :]))
@@ -64,15 +64,24 @@ class Generator:
             template = Path(config.data.chat_template).read_text(encoding="utf-8")
         self._template = template and fix_date(template, config.data.template_date)
 
+    def _text(self, prompt: Prompt) -> str:
+        if not prompt.messages:
+            return prompt.text
+        if not self._template:
+            raise BadInput("the tokenizer has no chat template; give prompts as held-out text records instead")
+        return self._tokenizer.apply_chat_template(
+            list(prompt.messages), chat_template=self._template, add_generation_prompt=True, tokenize=False
+        )
+
     @torch.no_grad()
-    def complete(self, prompt: Prompt) -> str:
-        if prompt.messages:
-            text = self._tokenizer.apply_chat_template(
-                list(prompt.messages), chat_template=self._template, add_generation_prompt=True, tokenize=False
-            )
-        else:
-            text = prompt.text
-        inputs = self._tokenizer(text, add_special_tokens=not prompt.messages, return_tensors="pt")
+    def complete(self, prompts: Sequence[Prompt]) -> list[str]:
+        """One batch, padded on the left so that all continue at the same position."""
+        from_template = bool(prompts and prompts[0].messages)
+        self._tokenizer.padding_side = "left"
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        texts = [self._text(prompt) for prompt in prompts]
+        inputs = self._tokenizer(texts, add_special_tokens=not from_template, padding=True, return_tensors="pt")
         inputs = inputs.to(self._model.device)
         output = self._model.generate(
             input_ids=inputs["input_ids"],
@@ -80,9 +89,10 @@ class Generator:
             do_sample=False,
             max_new_tokens=self._max_new_tokens,
             eos_token_id=self._stops or None,
-            pad_token_id=self._tokenizer.pad_token_id or (self._stops or [0])[0],
+            pad_token_id=self._tokenizer.pad_token_id,
         )
-        return self._tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        written = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self._tokenizer.batch_decode(written, skip_special_tokens=True)]
 
 
 def load_tuned(config: Config, base: Path) -> Any:
@@ -117,11 +127,13 @@ def main(arguments: Sequence[str]) -> int:
     else:
         prompts = prompts_from_records(config, options.count)
     models = {"base": build_model(base, config.model, None, seed=config.seed), "tuned": load_tuned(config, base)}
-    generators = {name: Generator(model, config, base, options.max_new_tokens) for name, model in models.items()}
-    for prompt in prompts:
+    answers = {
+        name: Generator(model, config, base, options.max_new_tokens).complete(prompts) for name, model in models.items()
+    }
+    for i, prompt in enumerate(prompts):
         print(f"\nprompt    {prompt.text}")
-        for name, generator in generators.items():
-            print(f"{name:9} {generator.complete(prompt)!r}")
+        for name, given in answers.items():
+            print(f"{name:9} {given[i]!r}")
         if prompt.expected is not None:
             print(f"expected  {prompt.expected!r}")
     return ExitCode.DONE

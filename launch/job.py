@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from pydantic import ValidationError
 
 from data_shards.encode import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
@@ -14,13 +15,16 @@ from data_shards.sampler import Sampler
 from data_shards.storage import Storage
 from launch.compatibility import differences, refused
 from launch.config import Config
+from launch.export import export_run, missing_exports
+from launch.places import newest_checkpoint, open_run
 from trainer.checkpoint import CheckpointRef
+from trainer.checkpoint_manifest import Progress
 from trainer.config import WorkerSpec
 from trainer.model import base_identity, locate_base, max_positions, model_config
-from trainer.run_directory import RunDirectory, read_json, utc_now, write_json
+from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
 from trainer.worker import total_rows, versions
 
-Say = Callable[[str], None]
+_BATCH_KEY = "training.global_batch"
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,10 @@ class Job:
             base_identity=self.base_identity,
             dataset_uri=self.dataset.location.uri,
             fingerprint=self.dataset.manifest.fingerprint,
-            init_from=find_init(self.config.init_from) if self.config.init_from else None,
+            init_from=find_init(self.config.init_from) if self.config.init_from and not resume_from else None,
+            collective_timeout_s=self.config.cluster.collective_timeout_s,
             resolved_config=self.config.model_dump(mode="json"),
         )
-
-
-def open_run(config: Config) -> RunDirectory:
-    return RunDirectory(Storage.at(config.run.storage).child(config.run.name))
 
 
 def find_init(init_from: str) -> str:
@@ -103,7 +104,7 @@ def make_job(config: Config, say: Say) -> Job:
     """Check the storage, find the base, prepare the data. Raises BadInput for whatever is wrong with them."""
     run = open_run(config)
     Storage.at(config.run.storage).check_writable()
-    if config.init_from:
+    if config.init_from and not run.storage.exists("run.json"):
         find_init(config.init_from)
     base = locate_base(config.model)
     dataset = prepare_data(config, base, say)
@@ -119,20 +120,24 @@ class Standing:
     allowed_changes: tuple[str, ...]
 
 
-def settle(job: Job, say: Say) -> Standing:
+def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     """Record a new run, or compare with the recorded one.
+
+    Args:
+        record: False only compares.
 
     Raises BadInput listing the differences where the run may not be continued with this configuration.
     """
     recorded = read_json(job.run.storage, "run.json")
     now = job.record()
     if recorded is None:
-        write_json(job.run.storage, "run.json", now)
+        if record:
+            write_json(job.run.storage, "run.json", now)
         return Standing(None, finished=False, allowed_changes=())
-    found = differences(recorded, now)
+    found = differences(recorded | {"config": with_defaults(recorded["config"])}, now)
     if stopped_by := refused(found, job.config.resume.allow):
         listing = "\n".join(f"  {difference}" for difference in stopped_by)
-        keys = ",".join(d.key for d in stopped_by)
+        keys = ",".join(d.key for d in stopped_by if d.key != _BATCH_KEY)
         raise BadInput(
             f"the run {job.run.storage.uri} was started with something else that matters:\n{listing}\n"
             "Give the old values to continue it, a new name to start another (run.name=…), or, if you mean to change "
@@ -140,19 +145,52 @@ def settle(job: Job, say: Say) -> Standing:
         )
     for difference in found:
         say(f"changed on purpose (resume.allow): {difference}")
-    usable = job.run.usable_checkpoints(say)
-    newest = usable[-1] if usable else None
+    newest = job.run.newest(say)
     finished = newest is not None and newest.manifest.progress.rows_consumed >= job.sampler.total_rows
     if newest is not None and not finished:
         _check_continuation(job, newest, recorded, say)
-    if found:
+    if found and record:
         write_json(job.run.storage, "run.json", now)
     return Standing(newest, finished, tuple(str(d) for d in found))
+
+
+def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded configuration with the keys that this release has added, so that an upgrade orphans no run."""
+    try:
+        return Config.model_validate(recorded).model_dump(mode="json")
+    except ValidationError:
+        return recorded  # a key was removed since; the comparison will name it
+
+
+def write_result(job: Job, ref: CheckpointRef | None, status: str, reason: str) -> None:
+    """``result.json``: how the run stands, for scripts."""
+    progress = asdict(ref.manifest.progress if ref else Progress())
+    result = {
+        "status": status,
+        "reason": reason,
+        **progress,
+        "num_steps": job.sampler.num_steps,
+        "attempts": len(job.run.lineage()),
+        "checkpoint": ref.name if ref else None,
+        "written": utc_now(),
+    }
+    write_json(job.run.storage, "result.json", result)
+
+
+def export_if_asked(job: Job) -> None:
+    """The export that ``export.at_end`` asks for, unless it is there already."""
+    if job.config.export.at_end and missing_exports(job.config, newest_checkpoint(job.run).step):
+        export_run(job.config, job.base)
 
 
 def _check_continuation(job: Job, newest: CheckpointRef, recorded: dict[str, Any], say: Say) -> None:
     progress = newest.manifest.progress
     batch = job.config.training.global_batch
+    if (was_batch := recorded["config"]["training"]["global_batch"]) != batch:
+        raise BadInput(
+            f"{_BATCH_KEY} can't change within a run (was {was_batch}, now {batch}): a step's rows are a function of "
+            f"it. Start a new run with init_from={job.run.storage.uri}"
+        )
     if progress.rows_consumed != progress.step * batch:
         raise BadInput(
             f"the run ended at step {progress.step} with a short last batch ({progress.rows_consumed} rows are not "
@@ -167,15 +205,3 @@ def _check_continuation(job: Job, newest: CheckpointRef, recorded: dict[str, Any
             f"{job.config.optimizer.schedule.value} schedule follows the new length from step {progress.step} on, so "
             "the learning rate may jump there"
         )
-
-
-def newest_checkpoint(run: RunDirectory, step: int | None = None) -> CheckpointRef:
-    """The newest usable checkpoint, or the one of ``step``. Raises BadInput where there is none."""
-    usable = run.usable_checkpoints()
-    chosen = [ref for ref in usable if step is None or ref.step == step]
-    if not chosen:
-        there = ", ".join(str(ref.step) for ref in usable) or "none"
-        raise BadInput(
-            f"{run.storage.uri}: no checkpoint of step {step if step is not None else 'any'}; there: {there}"
-        )
-    return chosen[-1]

@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # as a script: `python launch/quickstart.py`
 
 from launch.config import Config, load_config, resolve_paths
 from launch.generate import Generator, Prompt, load_tuned, prompts_from_records
-from launch.job import newest_checkpoint, open_run
+from launch.places import newest_checkpoint, open_run
 from launch.quickstart_inputs import make_inputs
 from trainer.model import build_model
 
@@ -22,18 +22,17 @@ INPUTS = Path("runs/quickstart-inputs")
 NUM_PROMPTS = 40
 
 
-def exact_matches(model: Any, config: Config, prompts: list[Prompt]) -> list[str]:
+def answers_of(model: Any, config: Config, prompts: list[Prompt]) -> list[str]:
     """The model's answers; right where they equal the expected text to the letter."""
-    generator = Generator(model, config, Path(config.model.base), max_new_tokens=48)
-    return [generator.complete(prompt) for prompt in prompts]
+    return Generator(model, config, Path(config.model.base), max_new_tokens=48).complete(prompts)
 
 
 def show(config: Config) -> None:
     prompts = prompts_from_records(config, NUM_PROMPTS)
     base = Path(config.model.base)
     answers = {
-        "before": exact_matches(build_model(base, config.model, None, seed=config.seed), config, prompts),
-        "after": exact_matches(load_tuned(config, base), config, prompts),
+        "before": answers_of(build_model(base, config.model, None, seed=config.seed), config, prompts),
+        "after": answers_of(load_tuned(config, base), config, prompts),
     }
     for i, prompt in enumerate(prompts[:3]):
         print(f"\norder     {prompt.text}\nbefore    {answers['before'][i][:90]!r}\nafter     {answers['after'][i]}")

@@ -83,10 +83,12 @@ def make_base(path: Path, texts: list[str]) -> None:
 
 def make_inputs(folder: Path, *, num_train: int = 3000, num_validation: int = 100) -> None:
     """``train.jsonl``, ``validation.jsonl`` and ``base/`` in ``folder``, unless they are there already."""
-    if (folder / "base" / "config.json").is_file():
+    complete = folder / "complete"
+    if complete.is_file():
         return
     folder.mkdir(parents=True, exist_ok=True)
     rows = records(num_train + num_validation, seed=1)
     write_jsonl(folder / "train.jsonl", rows[num_validation:])
     write_jsonl(folder / "validation.jsonl", rows[:num_validation])
     make_base(folder / "base", [f"{row['question']}\n{row['answer']}" for row in rows[num_validation:]])
+    complete.touch()

@@ -52,6 +52,8 @@ def save(engine: ZeroEngine, checkpoints: Storage, draft: CheckpointManifest) ->
     """
     name = directory_name(draft.progress.step, draft.attempt)
     target = checkpoints.child(name)
+    if target.exists(MANIFEST):
+        raise BatonError(f"{target.uri} is committed already; an attempt must not write there twice")
     slices = dict(engine.local_slices())
     specs = {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in slices.items()}
     entry = write_tensors(target, rank_file(engine.rank), specs, slices.__getitem__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -109,7 +109,6 @@ class ZeroConfig(ConfigModel):
     param_persistence_threshold: int = Field(100_000, ge=0, description="Parameters with fewer elements stay gathered.")
     max_live_parameters: int = Field(1_000_000_000, ge=1, description="Elements.")
     sub_group_size: int = Field(1_000_000_000, ge=1, description="Elements.")
-    offload_optimizer: Literal["none", "cpu"] = "none"
 
 
 class TrainerConfig(ConfigModel):
@@ -135,4 +134,5 @@ class WorkerSpec(ConfigModel):
     dataset_uri: str
     fingerprint: str
     init_from: str | None = Field(None, description="URI of a checkpoint of another run whose weights to begin with.")
+    collective_timeout_s: float = Field(1800, gt=0, description="Seconds until a hung collective fails.")
     resolved_config: dict[str, Any] = Field(description="The whole run's configuration, kept in every checkpoint.")

@@ -22,8 +22,6 @@ def deepspeed_config(precision: Precision, max_grad_norm: float, zero: ZeroConfi
         "stage3_max_live_parameters": zero.max_live_parameters,
         "sub_group_size": zero.sub_group_size,
     }
-    if zero.offload_optimizer != "none":
-        zero_optimization["offload_optimizer"] = {"device": zero.offload_optimizer}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

@@ -11,6 +11,7 @@ import torch
 from trainer.batch import collate
 from trainer.batch_geometry import rank_micro_batches
 from trainer.engine import ZeroEngine
+from trainer.errors import NonFiniteStep, StepInvariantBroken
 from trainer.step import PackSource
 
 
@@ -38,5 +39,7 @@ def evaluate(engine: ZeroEngine, source: PackSource, micro_batch_size: int) -> E
     loss_sum, count = total.tolist()
     expected = source.num_trained(np.arange(source.num_rows))
     if int(count) != expected:
-        raise RuntimeError(f"evaluated {int(count)} trained tokens, the split has {expected}")
+        raise StepInvariantBroken(f"evaluated {int(count)} trained tokens, the split has {expected}")
+    if not math.isfinite(loss_sum):
+        raise NonFiniteStep(f"the evaluation loss is {loss_sum}; the weights have diverged. Lower optimizer.lr")
     return EvaluationResult(loss_sum / max(1.0, count), int(count))

@@ -102,10 +102,10 @@ class Loop:
         self.log.evaluation(self.progress.step, result)
 
     def _save(self) -> None:
+        self.log.flush()  # before the commit: records of steps behind it would never be made again
         with self._timed("checkpoint") as timer:
             self.save(self.progress)
         self.log.say(f"committed step {self.progress.step} in {timer.seconds:.2f}s")
-        self.log.flush()
 
     @contextmanager
     def _timed(self, kind: str) -> Any:

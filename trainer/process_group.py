@@ -22,11 +22,10 @@ def start_process_group(timeout_s: float = 1800) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     import deepspeed
 
+    # At start-up DeepSpeed compiles a shared-memory all-reduce for CPU inference (a minute on a small machine, and a
+    # compiler needed); training never calls it (deepspeed/comm/torch.py, inference_all_reduce).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
-
-
-def is_main() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -24,8 +24,8 @@ def duration(seconds: float) -> str:
 class ProgressLog:
     """On rank 0 prints lines and keeps step records; silent elsewhere.
 
-    Records go to ``attempts/<id>/steps/<first>-<last>.jsonl`` whenever a checkpoint is committed: an object store has
-    no append, and steps after the last commit will be done again anyway.
+    Records go to ``attempts/<id>/steps/<first>-<last>.jsonl`` just before a checkpoint is committed: an object
+    store has no append, and steps after the last commit will be done again anyway.
     """
 
     def __init__(self, attempt: Storage, num_steps: int, log_every: int, *, enabled: bool) -> None:

@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import traceback
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_shards.errors import BadInput, BatonError, CorruptFile
 from data_shards.storage import Storage
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef
 from trainer.errors import CheckpointCorrupt
+
+Say = Callable[[str], None]
 
 
 def utc_now() -> str:
@@ -80,6 +82,31 @@ class WorkerError:
         )
 
 
+class NoUsableCheckpoint(BatonError):
+    """There are commits, and none of them can be read."""
+
+
+class Survey(NamedTuple):
+    usable: list[CheckpointRef]
+    """oldest first"""
+    rejected: list[str]
+    """committed, not fenced off, but damaged"""
+
+
+def fences(chain: Sequence[AttemptStart]) -> dict[str, int | None]:
+    """Up to which step each attempt's commits count: the earliest start of any attempt after it (pure).
+
+    Args:
+        chain: oldest first.
+    """
+    limits: dict[str, int | None] = {}
+    limit: int | None = None
+    for start in reversed(chain):
+        limits[start.attempt] = limit
+        limit = start.start_step if limit is None else min(limit, start.start_step)
+    return limits
+
+
 class RunDirectory:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -122,25 +149,48 @@ class RunDirectory:
             tip = starts.get(tip.parent) if tip.parent else None
         return chain[::-1]
 
-    def usable_checkpoints(self, report: Any = print, excluded: frozenset[str] = frozenset()) -> list[CheckpointRef]:
-        """Committed checkpoints that may be resumed from, oldest first; what is not accepted is reported."""
-        chain = self.lineage()
-        limits: dict[str, int | None] = {before.attempt: after.start_step for before, after in pairwise(chain)}
-        limits |= {start.attempt: None for start in chain[-1:]}
+    def survey(self, report: Say = print, excluded: frozenset[str] = frozenset()) -> Survey:
+        """Look at every checkpoint; what is not accepted is reported.
+
+        Args:
+            excluded: names that failed verification when they were read.
+        """
+        limits = fences(self.lineage())
+        rejected = []
 
         def on_bad(name: str, problem: str) -> None:
+            rejected.append(name)
             report(f"checkpoint {name} is not accepted: {problem}")
 
-        found = []
+        usable = []
         for ref in checkpoint.committed(self.checkpoints, on_bad=on_bad):
             limit = limits.get(ref.manifest.attempt, -1)
-            if ref.name in excluded:
-                report(f"checkpoint {ref.name} is left out: it failed verification in this submission")
-            elif limit is not None and ref.step > limit:
+            if limit is not None and ref.step > limit:
                 report(f"checkpoint {ref.name} is ignored: its attempt had been superseded at step {limit}")
+            elif ref.name in excluded:
+                on_bad(ref.name, "it failed verification in this submission")
             else:
-                found.append(ref)
-        return found
+                usable.append(ref)
+        return Survey(usable, rejected)
+
+    def usable_checkpoints(self, report: Say = print) -> list[CheckpointRef]:
+        """Committed checkpoints that may be resumed from, oldest first."""
+        return self.survey(report).usable
+
+    def newest(self, report: Say = print, excluded: frozenset[str] = frozenset()) -> CheckpointRef | None:
+        """What to resume from; None where nothing was ever committed.
+
+        Raises NoUsableCheckpoint where something was, but none of it can be accepted: starting over silently would
+        fence it off for good.
+        """
+        usable, rejected = self.survey(report, excluded)
+        if not usable and rejected:
+            raise NoUsableCheckpoint(
+                f"{self.storage.uri}: none of its committed checkpoints can be used ({', '.join(sorted(rejected))}; "
+                "the reasons are above). If the storage was away for a moment, run the same command again; to start "
+                "over, choose a new run.name or remove the checkpoints by hand"
+            )
+        return usable[-1] if usable else None
 
     def errors_of(self, attempt: str) -> list[WorkerError]:
         folder = self.attempt(attempt).child("errors")

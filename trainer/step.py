@@ -75,7 +75,7 @@ def train_step(
         StepInvariantBroken: the ranks together did not train on just these rows and tokens.
         NonFiniteStep: loss or gradient became inf or NaN.
     """
-    global_trained = max(1, source.num_trained(rows))
+    global_trained = source.num_trained(rows)
     parts = rank_micro_batches(
         len(rows), rank=engine.rank, world_size=engine.world_size, micro_batch_size=micro_batch_size
     )
@@ -85,7 +85,7 @@ def train_step(
         row_ids = rows[start:stop]
         batch = collate([source.pack(int(row)) for row in row_ids])
         reseed(seed, step, row_ids)
-        loss_sum += engine.train_micro_batch(batch, global_trained, is_last=index == len(parts) - 1).double()
+        loss_sum += engine.train_micro_batch(batch, max(1, global_trained), is_last=index == len(parts) - 1).double()
         if len(row_ids):
             seen += [len(row_ids), batch.input_ids.numel(), batch.num_trained, sum(map(row_digest, row_ids))]
     grad_norm = engine.apply_step(learning_rate)
@@ -95,12 +95,14 @@ def train_step(
     )
     torch.distributed.all_reduce(agreed)
     total, num_rows, tokens, trained, digest, stops = agreed.tolist()
-    if int(num_rows) != len(rows) or int(trained) != global_trained:
+    planned = (len(rows), global_trained, sum(map(row_digest, rows)))
+    if (int(num_rows), int(trained), int(digest)) != planned:
         raise StepInvariantBroken(
-            f"step {step}: the ranks trained on {int(num_rows)} rows and {int(trained)} tokens, the plan has "
-            f"{len(rows)} and {global_trained}; the dataset's index and its shards disagree"
+            f"step {step}: the ranks trained on (rows, trained tokens, digest of row ids) "
+            f"{(int(num_rows), int(trained), int(digest))}, the plan has {planned}; the dataset's index and its "
+            "shards disagree, or the ranks run different plans"
         )
-    loss = total / global_trained
+    loss = total / max(1, global_trained)
     if not np.isfinite(loss):
         raise NonFiniteStep(f"step {step}: the loss is {loss}; rows {rows[:8].tolist()}… of the dataset")
     return StepResult(loss, grad_norm, int(num_rows), int(tokens), int(trained), int(digest), stops > 0)

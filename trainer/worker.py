@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -138,15 +139,16 @@ def train(spec: WorkerSpec) -> Outcome:
     return outcome
 
 
-def run_worker(spec: WorkerSpec, *, group_timeout_s: float = 1800) -> Outcome:
+def run_worker(spec: WorkerSpec) -> Outcome:
     """``train`` in a process group, leaving an error report in the attempt's folder if it fails."""
     rank = int(os.environ.get("RANK", "0"))
     print(f"{utc_now()} worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}", flush=True)
     try:
-        start_process_group(group_timeout_s)
+        start_process_group(spec.collective_timeout_s)
         return train(spec)
     except Exception as error:
-        RunDirectory.at(spec.run_uri).write_error(spec.attempt, WorkerError.of(rank, error))
+        with suppress(OSError):  # a full disk must not hide what really went wrong
+            RunDirectory.at(spec.run_uri).write_error(spec.attempt, WorkerError.of(rank, error))
         raise
 
 

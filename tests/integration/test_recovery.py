@@ -105,7 +105,7 @@ def test_sigterm_saves_and_the_same_command_resumes(workshop: Workshop, undistur
     assert files.result["attempts"] == 2, "a finished run starts no attempt"
 
 
-def test_crash_loop_ends_with_the_reason(workshop: Workshop) -> None:
+def test_corrupt_checkpoints_are_named_and_left_out(workshop: Workshop) -> None:
     """A corrupt checkpoint is left out and the older one used; when none can be read, the run says so and ends."""
     config = write_config(workshop.data, workshop.values, "corrupt")
     files = RunFiles(workshop.data / "runs" / "corrupt")
@@ -125,6 +125,11 @@ def test_crash_loop_ends_with_the_reason(workshop: Workshop) -> None:
     assert "CheckpointCorrupt" in again.output and "failed verification in this submission" in again.output
     assert f"resuming from step {int(older.name[:8])}" in again.output
     assert files.result["step"] == 16
+    for path in files.path.glob("checkpoints/*/manifest.json"):
+        path.write_bytes(path.read_bytes()[:100])
+    lost = run("finetune", "--config", str(config), "training.steps=20")
+    assert lost.process.returncode == 1, lost.output
+    assert "none of its committed checkpoints can be used" in lost.output and "choose a new run.name" in lost.output
 
 
 def test_torchrun_runs_the_same_loop(workshop: Workshop, undisturbed: Trace) -> None:

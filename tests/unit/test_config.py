@@ -43,6 +43,8 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("optimizer.lr", r"an override reads section\.key=value"),
         ("optimizer.lr.x=1", r"lr is a value, not a section"),
         ("run.name=a/b", r"run\.name"),
+        ("optimizer.max_grad_norm=.inf", r"optimizer\.max_grad_norm: .*finite"),
+        ("zero.offload_optimizer=cpu", r"zero\.offload_optimizer: unknown key"),
         ("optimizer.lr=[", r"not valid YAML"),
     ],
 )

@@ -40,7 +40,11 @@ def test_what_no_retry_can_help_is_not_retried() -> None:
     assert action(failed(0, 5, NonFiniteStep("nan"))) == Action.FAIL
     assert action(failed(0, 0, ModelError("gated"))) == Action.BAD_INPUT
     assert action(failed(5, 5, CheckpointCorrupt("c", "bit"))) == Action.RETRY
-    assert action(failed(0, 0, RuntimeError("gloo: connection closed by peer"))) == Action.RETRY
+    lost = failed(0, 0, RuntimeError("gloo: connection closed by peer"))
+    assert action(lost) == Action.RETRY
+    reason = decide([lost], 2, stop_wanted=False).reason
+    assert "connection closed" in reason and "rank 1 was ended by SIGKILL" in reason
+    assert action(failed(0, 5, NonFiniteStep("nan")), stop=True) == Action.FAIL, "a stop does not hide a fatal error"
 
 
 def test_waits_grow_only_without_progress() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from tests.support.tiny import DRAFT
 from trainer.checkpoint import directory_name
 from trainer.checkpoint_manifest import MANIFEST, Progress
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import NoUsableCheckpoint, RunDirectory, fences
 
 
 def commit(run: RunDirectory, attempt: str, step: int) -> str:
@@ -35,6 +37,35 @@ def test_commits_of_a_superseded_attempt_beyond_its_successors_start_are_ignored
     commit(run, "a-stranger", 20)
     assert steps(run) == [5, 8]
     assert [start.attempt for start in run.lineage()] == [first.attempt, second.attempt]
+
+
+def test_fences_hold_over_several_successors(tmp_path: Path) -> None:
+    """A commits 10 and 20, both turn out corrupt; the chain goes back to the start. Neither may ever count again, or
+    pruning would keep them and delete the good new one."""
+    run = RunDirectory.at(str(tmp_path))
+    first = run.start_attempt(None, None, ())
+    commit(run, first.attempt, 10)
+    commit(run, first.attempt, 20)
+    by_step = {ref.step: ref for ref in run.usable_checkpoints()}
+    chain = [first]
+    for resume_from in (by_step[20], by_step[10], None):
+        chain.append(run.start_attempt(chain[-1], resume_from, ()))
+    assert list(fences(chain).values()) == [None, 0, 0, 0], "newest first"
+    new = commit(run, chain[-1].attempt, 5)
+    assert steps(run) == [5] and run.prune(1) == []
+    assert run.newest().name == new  # type: ignore[union-attr]
+
+
+def test_nothing_usable_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    assert run.newest() is None
+    start = run.start_attempt(None, None, ())
+    name = commit(run, start.attempt, 5)
+    with pytest.raises(NoUsableCheckpoint, match=rf"none of its committed checkpoints can be used \({name}"):
+        run.newest(excluded=frozenset({name}))
+    (tmp_path / "checkpoints" / name / MANIFEST).write_bytes(b"cut off")
+    with pytest.raises(NoUsableCheckpoint, match="run.name"):
+        run.newest()
 
 
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
