@@ -65,7 +65,7 @@ def test_nothing_usable_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
     with pytest.raises(NoUsableCheckpoint, match=re.escape(f"none of its committed checkpoints can be used ({name}")):
         run.newest(excluded=frozenset({name}))
     (tmp_path / "checkpoints" / name / MANIFEST).write_bytes(b"cut off")
-    with pytest.raises(NoUsableCheckpoint, match="run.name"):
+    with pytest.raises(NoUsableCheckpoint, match=r"run\.name"):
         run.newest()
 
 
