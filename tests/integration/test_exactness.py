@@ -25,6 +25,7 @@ from trainer.config import (
 )
 from trainer.deepspeed_config import deepspeed_config
 from trainer.engine import ZeroEngine, build_optimizer
+from trainer.evaluate import evaluate
 from trainer.loss import token_loss_sum
 from trainer.model import build_trained_model
 from trainer.schedule import learning_rate
@@ -138,6 +139,15 @@ def run_variants(base: str, variants: list[dict[str, Any]]) -> list[list[Any]]:
     return found
 
 
+def run_random_init(base: str) -> tuple[float, float]:
+    """(evaluation loss of the loaded base, loss of a first step from random weights)."""
+    loaded = evaluate(make_engine(base, SGD), PACKS, 3)
+    engine = make_engine(base, SGD, random_init=True)
+    rows = SAMPLER.rows_of_step(0)
+    first = train_step(engine, PACKS, rows, step=0, seed=7, micro_batch_size=2, learning_rate=SGD.lr)
+    return loaded.loss, first.loss
+
+
 def run_mutant(base: str, kind: type[ZeroEngine]) -> Any:
     return run(base, SGD, 1, kind, 3)[0]
 
@@ -223,3 +233,11 @@ def test_what_must_not_change_the_figures(base: str, references: dict[OptimizerN
     assert lora[0].loss == pytest.approx(reference.losses[0], rel=1e-5), "an untrained adapter changes nothing"
     assert [r.loss for r in bf16] == pytest.approx(reference.losses[:3], rel=1e-2)
     assert [r.grad_norm for r in bf16] == pytest.approx(reference.grad_norms[:3], rel=5e-2)
+
+
+def test_random_weights_and_evaluation_do_not_depend_on_the_number_of_workers(base: str) -> None:
+    alone, *others = (run_workers(run_random_init, world_size, base)[0] for world_size in (1, 2, 3))
+    for other in others:
+        assert other == pytest.approx(alone, rel=1e-6)
+    assert alone[1] == pytest.approx(np.log(97), rel=0.05), "random weights know nothing"
+    assert abs(alone[0] - alone[1]) > 0.01, "the loaded base is another model than the random one"
