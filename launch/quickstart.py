@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 if __package__ in (None, ""):  # as a script: `python launch/quickstart.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from launch import finetune
+from launch.cli import run_verb
 from launch.config import Config, load_config, resolve_paths
 from launch.generate import Generator, Prompt, load_tuned, prompts_from_records
 from launch.places import newest_checkpoint, open_run
@@ -49,8 +50,7 @@ def show(config: Config) -> None:
 
 def main() -> int:
     make_inputs(INPUTS)
-    finetune = [sys.executable, str(ROOT / "launch" / "finetune.py"), "--config", str(CONFIG), *sys.argv[1:]]
-    if code := subprocess.run(finetune, check=False).returncode:
+    if code := run_verb(finetune.main, ["--config", str(CONFIG), *sys.argv[1:]]):
         return code
     show(resolve_paths(load_config(str(CONFIG), sys.argv[1:]), in_ray_job=False))
     return 0
