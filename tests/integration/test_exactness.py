@@ -29,8 +29,9 @@ from trainer.evaluate import evaluate
 from trainer.loss import token_loss_sum
 from trainer.model import build_trained_model
 from trainer.schedule import learning_rate
-from trainer.step import train_step
+from trainer.step import StepResult, train_step
 
+Run = tuple[list[StepResult], dict[str, torch.Tensor]]
 STEPS = 30
 ADAMW = OptimizerConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5, schedule=Schedule.CONSTANT)
 SGD = OptimizerConfig(name=OptimizerName.SGD, lr=0.05, max_grad_norm=0.0, schedule=Schedule.CONSTANT)
@@ -96,9 +97,8 @@ def full_weights(engine: ZeroEngine) -> dict[str, torch.Tensor]:
     return weights
 
 
-def run(base: str, optimizer: OptimizerConfig, micro_batch: int, kind: type[ZeroEngine], steps: int) -> Any:
-    engine = make_engine(base, optimizer, kind)
-    results = [
+def train(engine: ZeroEngine, optimizer: OptimizerConfig, micro_batch: int, steps: int) -> list[StepResult]:
+    return [
         train_step(
             engine,
             PACKS,
@@ -110,46 +110,31 @@ def run(base: str, optimizer: OptimizerConfig, micro_batch: int, kind: type[Zero
         )
         for step in range(steps)
     ]
-    return results, full_weights(engine)
 
 
-def run_all(base: str, cases: list[tuple[OptimizerConfig, int]]) -> list[Any]:
-    return [run(base, optimizer, micro_batch, ZeroEngine, STEPS) for optimizer, micro_batch in cases]
+def run(base: str, optimizer: OptimizerConfig, micro_batch: int) -> Run:
+    engine = make_engine(base, optimizer)
+    return train(engine, optimizer, micro_batch, STEPS), full_weights(engine)
 
 
-def run_variants(base: str, variants: list[dict[str, Any]]) -> list[list[Any]]:
+def run_all(base: str, cases: list[tuple[OptimizerConfig, int]]) -> list[Run]:
+    return [run(base, optimizer, micro_batch) for optimizer, micro_batch in cases]
+
+
+def run_variants(base: str, variants: list[dict[str, Any]]) -> list[list[StepResult]]:
     """Three SGD steps of each variant of model and method."""
-    found = []
-    for variant in variants:
-        engine = make_engine(base, SGD, **variant)
-        found.append(
-            [
-                train_step(
-                    engine,
-                    PACKS,
-                    SAMPLER.rows_of_step(step),
-                    step=step,
-                    seed=7,
-                    micro_batch_size=2,
-                    learning_rate=SGD.lr,
-                )
-                for step in range(3)
-            ]
-        )
-    return found
+    return [train(make_engine(base, SGD, **variant), SGD, micro_batch=2, steps=3) for variant in variants]
 
 
 def run_random_init(base: str) -> tuple[float, float]:
     """(evaluation loss of the loaded base, loss of a first step from random weights)."""
     loaded = evaluate(make_engine(base, SGD), PACKS, 3)
-    engine = make_engine(base, SGD, random_init=True)
-    rows = SAMPLER.rows_of_step(0)
-    first = train_step(engine, PACKS, rows, step=0, seed=7, micro_batch_size=2, learning_rate=SGD.lr)
+    (first,) = train(make_engine(base, SGD, random_init=True), SGD, micro_batch=2, steps=1)
     return loaded.loss, first.loss
 
 
-def run_mutant(base: str, kind: type[ZeroEngine]) -> Any:
-    return run(base, SGD, 1, kind, 3)[0]
+def run_mutant(base: str, kind: type[ZeroEngine]) -> list[StepResult]:
+    return train(make_engine(base, SGD, kind), SGD, micro_batch=1, steps=3)
 
 
 @pytest.fixture(scope="module")

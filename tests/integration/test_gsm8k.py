@@ -12,18 +12,20 @@ from data_shards.encode import Encoder, load_tokenizer, stop_tokens
 from data_shards.prepare import TRAIN, VALIDATION, prepare
 from data_shards.shard_reader import SplitReader
 from data_shards.storage import Storage
-from tests.integration.conftest import Workshop
+from launch.quickstart_inputs import make_base
 
 
-def test_gsm8k_is_packed_whole(workshop: Workshop, tmp_path: Path) -> None:
+def test_gsm8k_is_packed_whole(tmp_path: Path) -> None:
     shared = os.environ.get("BATON_SHARED")
     if shared is None:
         pytest.skip("BATON_SHARED is not set, so there is no GSM8K here")
     folder = Path(shared) / "data" / "gsm8k"
     config = DataConfig(train=str(folder / "train.jsonl"), validation=str(folder / "test.jsonl"), seq_len=2048)
-    tokenizer = load_tokenizer(workshop.base)
-    encoder = Encoder(tokenizer, config, stop_tokens(tokenizer, workshop.base))
-    prepared = prepare(config, encoder, Storage.at(tmp_path))
+    base = tmp_path / "base"
+    make_base(base, (folder / "test.jsonl").read_text().splitlines())
+    tokenizer = load_tokenizer(base)
+    encoder = Encoder(tokenizer, config, stop_tokens(tokenizer, base))
+    prepared = prepare(config, encoder, Storage.at(tmp_path / "prepared"))
     train, test = prepared.manifest.splits[TRAIN], prepared.manifest.splits[VALIDATION]
     assert (train.records, test.records) == (7473, 1319)
     assert train.dropped_too_long == test.dropped_too_long == 0
