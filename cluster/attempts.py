@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, root_cause
+from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, decide_without_room, root_cause
 from cluster.launcher import WorkerLauncher
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
@@ -93,6 +93,10 @@ def run_attempts(
                 resume_from = run.newest(say, corrupt)
             except NoUsableCheckpoint as error:
                 return Submission(Decision(Action.FAIL, str(error)), parent.number if parent else 0, None)
+            if not launcher.wait_for_room(lambda: stop.wanted, say):
+                step = resume_from.step if resume_from else 0
+                decision = decide_without_room(step, stop_wanted=stop.wanted)
+                return Submission(decision, parent.number if parent else 0, resume_from)
             start = run.start_attempt(parent, resume_from, allowed_changes)
             parent = start
             where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"

@@ -24,6 +24,9 @@ class ClusterConfig(ConfigModel):
     wait_for_capacity_s: float = Field(
         15, ge=0, description="Seconds to wait for nodes before a job that can't be placed is refused."
     )
+    wait_for_room_s: float = Field(
+        3600, ge=0, description="Seconds to wait, before each attempt, for lost nodes to come back or others to finish."
+    )
     max_failures_without_progress: int = Field(
         3, ge=0, description="Attempts that may fail in a row without committing anything new."
     )

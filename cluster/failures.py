@@ -58,6 +58,16 @@ def _cause(end: AttemptEnd) -> str:
     return "; ".join(filter(None, [error, end.lost_workers])) or "the workers vanished"
 
 
+def decide_without_room(committed_step: int, *, stop_wanted: bool) -> Decision:
+    """What follows when the workers could not be placed: nothing was tried, so nothing failed."""
+    if stop_wanted:
+        return Decision(Action.STOP_RESUMABLE, f"stopped on request; step {committed_step} is saved")
+    return Decision(
+        Action.STOP_RESUMABLE,
+        f"the cluster had no room for the workers in time (cluster.wait_for_room_s); step {committed_step} is saved",
+    )
+
+
 def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *, stop_wanted: bool) -> Decision:
     """What follows the last of these attempts of one submission.
 

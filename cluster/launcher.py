@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from trainer.config import WorkerSpec
+from trainer.run_directory import Say
 
 
 class WorkerLauncher(Protocol):
@@ -12,6 +14,10 @@ class WorkerLauncher(Protocol):
 
     def check_capacity(self) -> None:
         """Called once, before data is prepared. Raises BadInput, saying what is wanted and what there is."""
+        ...
+
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> bool:
+        """Called before each attempt: block until its workers could be placed. False: cancelled, or waited too long."""
         ...
 
     def run(self, spec: WorkerSpec) -> str:

@@ -9,12 +9,13 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.config import ClusterConfig
 from data_shards.errors import BadInput
 from trainer.config import WorkerSpec
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import RunDirectory, Say
 
 ROOT = Path(__file__).resolve().parent.parent
 _PR_SET_PDEATHSIG = 1
@@ -48,6 +49,10 @@ class LocalProcesses:
                 f"cluster.num_workers={self._config.num_workers}, but this machine has {gpus} GPUs; with "
                 "cluster.launcher=processes all workers run here"
             )
+
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> bool:
+        """This machine is here, or nothing is."""
+        return True
 
     def run(self, spec: WorkerSpec) -> str:
         attempt = RunDirectory.at(spec.run_uri).attempt(spec.attempt)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from typing import Any
 from cluster.config import ClusterConfig
 from data_shards.errors import BadInput
 from trainer.config import WorkerSpec
+from trainer.run_directory import Say
 
 ROOT = Path(__file__).resolve().parent.parent
+_TELL_AFTER_S = 5.0
 _IN_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -78,13 +81,42 @@ class RayTrain:
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.5)
-        per_worker = " and ".join(f"{amount:g} {name}" for name, amount in self._bundle().items() if amount)
-        there = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes) or "no node"
         raise BadInput(
-            f"cluster.num_workers={self._config.num_workers} with {per_worker} each can't be placed: the cluster has "
-            f"{there}, room for {bundles_that_fit(nodes, self._bundle())}. Use fewer workers, set "
-            "cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"
+            f"{self._needs()} can't be placed: the cluster has {self._has()}, room for "
+            f"{bundles_that_fit(nodes, self._bundle())}. Use fewer workers, set cluster.cpus_per_worker lower, or "
+            "cluster.wait_for_capacity_s higher if nodes are still to come"
         )
+
+    def _needs(self) -> str:
+        per_worker = " and ".join(f"{amount:g} {name}" for name, amount in self._bundle().items() if amount)
+        return f"cluster.num_workers={self._config.num_workers} with {per_worker} each"
+
+    def _has(self) -> str:
+        nodes = (f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in self._nodes())
+        return "; ".join(nodes) or "no node"
+
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> bool:
+        """Asks Ray itself, by a placement group like the one that the workers will get: so it counts what is taken by
+        others, and an autoscaler sees the demand."""
+        from ray.util import placement_group, remove_placement_group
+
+        bundle = {name: amount for name, amount in self._bundle().items() if amount}
+        group = placement_group([bundle] * self._config.num_workers, strategy="PACK")
+        started, told = time.monotonic(), False
+        try:
+            while not group.wait(1):
+                waited = time.monotonic() - started
+                if cancelled() or waited > self._config.wait_for_room_s:
+                    return False
+                if waited > _TELL_AFTER_S and not told:
+                    told = True
+                    say(
+                        f"waiting for room: {self._needs()}; the cluster has {self._has()}, part of it perhaps taken. "
+                        f"Giving up after {self._config.wait_for_room_s:g} s (cluster.wait_for_room_s)"
+                    )
+            return True
+        finally:
+            remove_placement_group(group)
 
     def run(self, spec: WorkerSpec) -> str:
         """One ``fit()`` without Ray's own retries: what to do after a failure is decided in ``cluster.failures``."""

@@ -14,6 +14,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
+
 from data_shards.config import TrainOn
 from data_shards.errors import DataError
 
@@ -102,7 +104,15 @@ class ChatTemplate:
         return Rendered(text, tuple(spans))
 
     def _span_by_rendering(self, text: str, messages: Messages, index: int) -> tuple[int, int]:
-        before = self.render(messages[:index], add_generation_prompt=True)
+        try:
+            before = self.render(messages[:index], add_generation_prompt=True)
+        except TemplateError as error:
+            if index:
+                raise
+            raise CannotMask(
+                f"the conversation begins with the assistant, and this template renders no prompt before it ({error}); "
+                "begin with a user or system turn"
+            ) from error
         if not text.startswith(before):
             raise CannotMask(
                 f"rendering the turns before messages[{index}] does not give a beginning of the whole conversation"

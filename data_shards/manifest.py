@@ -56,7 +56,11 @@ class DatasetManifest:
             splits = {
                 name: SplitEntry(
                     **split
-                    | {"shards": tuple(ShardEntry(FileEntry.from_json(s["file"]), s["rows"]) for s in split["shards"])}
+                    | {
+                        "shards": tuple(
+                            ShardEntry(FileEntry.from_json(s["file"], where), s["rows"]) for s in split["shards"]
+                        )
+                    }
                 )
                 for name, split in body["splits"].items()
             }

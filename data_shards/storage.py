@@ -40,11 +40,11 @@ class FileEntry:
         return {"path": self.path, "size": self.size, "block_hashes": list(self.block_hashes)}
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> FileEntry:
-        """Raises CorruptFile where the path would leave the manifest's directory."""
+    def from_json(cls, value: dict[str, Any], where: str) -> FileEntry:
+        """Raises CorruptFile where the path would leave the directory of ``where``, the manifest."""
         path = str(value["path"])
         if not path or path.startswith("/") or "\\" in path or ".." in path.split("/") or ":" in path:
-            raise CorruptFile(f"a manifest names the file {path!r}, outside its own directory; it is not one of ours")
+            raise CorruptFile(f"{where}: names the file {path!r}, outside its own directory; it is not one of ours")
         return cls(path, int(value["size"]), tuple(map(str, value["block_hashes"])))
 
 

@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -65,6 +66,8 @@ def run_verb(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> 
         print(f"baton: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return int(ExitCode.FAILED)
     except OSError as error:
+        if error.filename is None:
+            traceback.print_exc()  # "No such file or directory" alone would leave everybody guessing
         print(
             f"baton: {error}. Nothing committed is lost; mend it and run the command again", file=sys.stderr, flush=True
         )

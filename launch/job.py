@@ -34,6 +34,8 @@ class Job:
     base: Path
     base_identity: str
     dataset: Prepared
+    init_from: str | None
+    """URI of the checkpoint to begin with, looked up when the run began: its source may have gone on since"""
 
     @property
     def sampler(self) -> Sampler:
@@ -48,6 +50,7 @@ class Job:
             "created": utc_now(),
             "config": self.config.model_dump(mode="json"),
             "base": self.base_identity,
+            "init_from": self.init_from,
             "data": {"fingerprint": self.dataset.manifest.fingerprint, **self.dataset.manifest.identity},
             "versions": versions(),
         }
@@ -67,7 +70,7 @@ class Job:
             base_identity=self.base_identity,
             dataset_uri=self.dataset.location.uri,
             fingerprint=self.dataset.manifest.fingerprint,
-            init_from=find_init(self.config.init_from) if self.config.init_from and not resume_from else None,
+            init_from=None if resume_from else self.init_from,
             collective_timeout_s=self.config.cluster.collective_timeout_s,
             resolved_config=self.config.model_dump(mode="json"),
         )
@@ -104,11 +107,20 @@ def make_job(config: Config, say: Say) -> Job:
     """Check the storage, find the base, prepare the data. Raises BadInput for whatever is wrong with them."""
     run = open_run(config)
     Storage.at(config.run.storage).check_writable()
-    if config.init_from and not run.storage.exists("run.json"):
-        find_init(config.init_from)
+    init_from = _init_from(config, run)
     base = locate_base(config.model)
     dataset = prepare_data(config, base, say)
-    return Job(config, run, base, base_identity(config.model, base), dataset)
+    return Job(config, run, base, base_identity(config.model, base), dataset, init_from)
+
+
+def _init_from(config: Config, run: RunDirectory) -> str | None:
+    """As the run recorded it, else as it is now. Raises BadInput where there is no such checkpoint."""
+    if config.init_from is None:
+        return None
+    recorded = read_json(run.storage, "run.json")
+    if recorded and recorded["config"].get("init_from") == config.init_from and recorded.get("init_from"):
+        return str(recorded["init_from"])
+    return find_init(config.init_from)
 
 
 @dataclass(frozen=True)

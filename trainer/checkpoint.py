@@ -79,7 +79,7 @@ def _receipt(rank: int) -> str:
 
 def _read_receipt(target: Storage, rank: int) -> FileEntry:
     try:
-        return FileEntry.from_json(json.loads(target.read(_receipt(rank))))
+        return FileEntry.from_json(json.loads(target.read(_receipt(rank))), f"{target.uri}/{_receipt(rank)}")
     except FileNotFoundError as error:
         raise BatonError(
             f"{target.uri}: rank 0 does not see what rank {rank} wrote. All nodes must share the storage: set "

@@ -80,7 +80,7 @@ class CheckpointManifest:
                 | {
                     "parameters": tuple(ParameterEntry(p["name"], tuple(p["shape"])) for p in body["parameters"]),
                     "progress": Progress(**body["progress"]),
-                    "files": tuple(FileEntry.from_json(value) for value in body["files"]),
+                    "files": tuple(FileEntry.from_json(value, where) for value in body["files"]),
                 }
             )
         except (KeyError, TypeError, ValueError) as error:

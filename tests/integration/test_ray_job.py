@@ -1,16 +1,19 @@
-"""`ray job submit` against a cluster with token auth: to the end, stopped and resumed from an edited tree, refused."""
+"""`ray job submit` against a cluster with token auth: to the end, stopped and resumed from an edited tree, through the
+loss of a node, refused."""
 
 from __future__ import annotations
 
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +30,7 @@ STEPS = 60
 
 @dataclass(frozen=True)
 class Cluster:
-    address: str
+    gcs: str
     environment: dict[str, str]
 
     def ray(self, *arguments: str, cwd: Path = ROOT, timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
@@ -36,11 +39,42 @@ class Cluster:
             command, cwd=cwd, env=self.environment, text=True, capture_output=True, timeout=timeout_s, check=False
         )
 
+    @contextmanager
+    def node(self, num_cpus: int) -> Iterator[subprocess.Popen[bytes]]:
+        """One more node; at the end it is gone, with all that ran on it, as when a machine is taken away."""
+        temp = tempfile.mkdtemp(prefix="baton-", dir="/tmp")  # not the head's, which it would clean up
+        command = [
+            *(str(BIN / "ray"), "start", "--block", f"--address={self.gcs}", f"--num-cpus={num_cpus}"),
+            *("--node-ip-address=127.0.0.1", f"--temp-dir={temp}"),
+        ]
+        process = subprocess.Popen(
+            command, env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            yield process
+        finally:
+            end_session(process, signal.SIGKILL)
+            shutil.rmtree(temp, ignore_errors=True)
+
+    def wait_for_log(self, job: str, pattern: str, timeout_s: float = 180) -> re.Match[str]:
+        deadline = time.monotonic() + timeout_s
+        while not (found := re.search(pattern, logs := self.ray("job", "logs", job).stdout)):
+            assert time.monotonic() < deadline and "baton:" not in logs, f"no {pattern!r} in:\n{logs}"
+            time.sleep(1)
+        return found
+
     def submit(self, *arguments: str, tree: Path = ROOT, wait: bool = True) -> subprocess.CompletedProcess[str]:
         """The README's command line, with what is particular to this test behind it."""
         options = [] if wait else ["--no-wait"]
         script = ["python", "launch/finetune.py", "--config", "launch/configs/quickstart.yaml", *arguments]
         return self.ray("job", "submit", *options, "--working-dir", ".", "--", *script, cwd=tree)
+
+
+def end_session(process: subprocess.Popen[bytes], signum: signal.Signals) -> None:
+    """Signal a command's own session: nothing but what it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signum)
+    process.wait(30)
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +84,10 @@ def cluster() -> Iterator[Cluster]:
     temp = tempfile.mkdtemp(prefix="baton-", dir="/tmp")  # Ray's sockets need a short path
     env = environment(
         RAY_AUTH_MODE="token",
+        RAY_health_check_period_ms="1000",  # a lost node is noticed in seconds
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{dashboard}",
+        OMP_NUM_THREADS="1",  # Ray would else set it by cpus_per_worker, and sums differ by it
         PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
     )
     command = [
@@ -60,7 +96,7 @@ def cluster() -> Iterator[Cluster]:
         f"--ray-client-server-port={client}",
     ]
     head = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
-    made = Cluster(env["RAY_API_SERVER_ADDRESS"], env)
+    made = Cluster(f"127.0.0.1:{port}", env)
     try:
         deadline = time.monotonic() + 90
         while made.ray("job", "list").returncode != 0:
@@ -68,11 +104,8 @@ def cluster() -> Iterator[Cluster]:
             time.sleep(1)
         yield made
     finally:
-        head.send_signal(signal.SIGTERM)
-        try:
-            head.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(head.pid, signal.SIGKILL)  # the head's own session: nothing but what it started
+        end_session(head, signal.SIGKILL)
+        shutil.rmtree(temp, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +135,7 @@ def test_stopped_job_resumes_from_an_edited_tree(cluster: Cluster, inputs: list[
     submitted = cluster.submit(*inputs, wait=False)
     assert submitted.returncode == 0, submitted.stderr
     first = job_id(submitted.stdout + submitted.stderr)
-    deadline = time.monotonic() + 180
-    while f"step 15/{STEPS}  loss" not in (logs := cluster.ray("job", "logs", first).stdout):
-        assert time.monotonic() < deadline and "baton:" not in logs, logs
-        time.sleep(1)
+    cluster.wait_for_log(first, f"step 15/{STEPS}  loss")
     stopped = cluster.ray("job", "stop", first)
     assert stopped.returncode == 0, stopped.stderr
     assert "was stopped" in cluster.ray("job", "status", first).stdout
@@ -134,3 +164,25 @@ def test_job_that_can_not_be_placed_is_refused_in_time(cluster: Cluster, inputs:
 def test_relative_storage_is_refused(cluster: Cluster, inputs: list[str]) -> None:
     done = cluster.submit(*inputs, "run.storage=runs")
     assert done.returncode != 0 and "run.storage='runs' is relative" in done.stdout, done.stdout
+
+
+def test_lost_node_is_waited_for(cluster: Cluster, inputs: list[str]) -> None:
+    """The node that holds one of two workers goes away. The job waits until there is room again, and ends as the job of
+    the first test, which was never short of a node."""
+    storage = Path(next(i for i in inputs if i.startswith("run.storage=")).partition("=")[2])
+    wide = ["run.name=lost-node", "cluster.cpus_per_worker=3", "export.at_end=false", "cluster.wait_for_capacity_s=30"]
+    with cluster.node(num_cpus=3):
+        submitted = cluster.submit(*inputs, *wide, wait=False)
+        job = job_id(submitted.stdout + submitted.stderr)
+        cluster.wait_for_log(job, f"step 15/{STEPS}  loss")
+    cluster.wait_for_log(job, "attempt 1 failed")
+    cluster.wait_for_log(
+        job, r"waiting for room: cluster\.num_workers=2 with 3 CPU each; the cluster has 4 CPU, 0 GPU,"
+    )
+    with cluster.node(num_cpus=3):
+        resumed = cluster.wait_for_log(job, r"attempt 2 \(\w+\): resuming from step (\d+)")
+        assert int(resumed[1]) >= 10
+        cluster.wait_for_log(job, "finished: all steps are done")
+    files = RunFiles(storage / "lost-node")
+    assert files.result["attempts"] == 2 and files.result["status"] == "finished"
+    assert files.trace() == RunFiles(storage / "quickstart").trace()

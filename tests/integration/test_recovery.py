@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
@@ -145,6 +146,11 @@ def test_torchrun_runs_the_same_loop(workshop: Workshop, undisturbed: Trace) -> 
     assert files.trace() == undisturbed
     heir = run("finetune", "--config", str(config), "run.name=heir", "training.steps=2", f"init_from={files.path}")
     assert heir.process.returncode == 0, heir.output
+    recorded = json.loads((workshop.data / "runs" / "heir" / "run.json").read_text())
+    newest = max(path.name for path in (files.path / "checkpoints").iterdir())
+    assert recorded["init_from"] == f"{files.path}/checkpoints/{newest}", (
+        "the source may go on; this run's start may not"
+    )
     first_loss = RunFiles(workshop.data / "runs" / "heir").trace()[0][0]
     assert abs(first_loss - undisturbed[-1][0]) < 0.5 * abs(first_loss - undisturbed[0][0])
     nowhere = run("finetune", "--config", str(config), "run.name=orphan", f"init_from={files.path}@999")

@@ -322,6 +322,12 @@ def test_template_that_cannot_be_masked_is_refused(name: str) -> None:
     assert encode(families.chatml(template), CONVERSATIONS["single"], train_on=TrainOn.ALL).trained.all()
 
 
+def test_assistant_first_under_a_template_that_looks_at_the_first_turn_is_refused() -> None:
+    template = "{{ raise_exception('no turns') if not messages }}" + families.CHATML_TEMPLATE
+    with pytest.raises(DataError, match=r"^data\.jsonl:7: .*begins with the assistant.*no turns.*begin with a user"):
+        encode(families.chatml(template), [("assistant", "Hello.")])
+
+
 def test_marks_around_nothing_train_on_nothing() -> None:
     template = families.MARKED_TEMPLATE.replace("message.role == 'assistant'", "message.role == 'critic'")
     with pytest.raises(DataError, match=r"^data\.jsonl:7: the template marks no assistant text"):

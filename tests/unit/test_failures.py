@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 
-from cluster.failures import Action, AttemptEnd, EndKind, decide, root_cause
+from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, root_cause
 from cluster.ray_train import bundles_that_fit
 from trainer.errors import CheckpointCorrupt, NonFiniteStep
 from trainer.model import ModelError
@@ -45,6 +45,13 @@ def test_what_no_retry_can_help_is_not_retried() -> None:
     reason = decide([lost], 2, stop_wanted=False).reason
     assert "connection closed" in reason and "rank 1 was ended by SIGKILL" in reason
     assert action(failed(0, 5, NonFiniteStep("nan")), stop=True) == Action.FAIL, "a stop does not hide a fatal error"
+
+
+def test_no_room_is_no_failure() -> None:
+    late = decide_without_room(7, stop_wanted=False)
+    assert late.action == Action.STOP_RESUMABLE and "wait_for_room_s" in late.reason and "step 7" in late.reason
+    stopped = decide_without_room(7, stop_wanted=True)
+    assert stopped.action == Action.STOP_RESUMABLE and "on request" in stopped.reason
 
 
 def test_waits_grow_only_without_progress() -> None:

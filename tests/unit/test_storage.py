@@ -43,8 +43,8 @@ def test_blocks_are_verified_where_they_are_touched(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../other", "a/../../b", "s3://x/y", "", "a\\..\\b"])
 def test_manifest_cannot_name_files_outside(path: str) -> None:
-    with pytest.raises(CorruptFile, match="outside its own directory"):
-        FileEntry.from_json({"path": path, "size": 1, "block_hashes": []})
+    with pytest.raises(CorruptFile, match=r"^here: .* outside its own directory"):
+        FileEntry.from_json({"path": path, "size": 1, "block_hashes": []}, "here")
 
 
 def test_relative_root_and_unknown_scheme_are_refused() -> None:
