@@ -21,6 +21,7 @@ class Precision(StrEnum):
 
 
 class Attention(StrEnum):
+    PACKED = "packed"
     SDPA = "sdpa"
     EAGER = "eager"
     FLASH = "flash_attention_2"
@@ -31,7 +32,11 @@ class ModelConfig(ConfigModel):
     revision: str | None = Field(None, description="Hub revision; the commit that it resolves to is recorded.")
     random_init: bool = Field(False, description="Random weights from the base's config.json, seeded by `seed`.")
     precision: Precision = Field(Precision.BF16, description="Compute dtype; master weights are fp32 either way.")
-    attention: Attention = Attention.SDPA
+    attention: Attention = Field(
+        Attention.PACKED,
+        description="packed: each sequence by itself, on GPUs by torch's own FlashAttention. sdpa, eager: dense over "
+        "the micro batch. flash_attention_2: the flash-attn package.",
+    )
     activation_checkpointing: bool = Field(False, description="Recompute layers in backward to save memory.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model. Off unless asked.")
     config_overrides: dict[str, Any] = Field(
@@ -123,6 +128,16 @@ class TrainerConfig(ConfigModel):
     seed: int = Field(0, ge=0, lt=2**32, description="Of row order, random weights, adapters and dropout.")
 
 
+class EvaluationTask(ConfigModel):
+    """What workers do that evaluate instead of training: score one split with the weights of ``WorkerSpec.init_from``
+    or of a peft adapter, else with the base as it is."""
+
+    split: str
+    result: str = Field(description="JSON file under run_uri that rank 0 writes.")
+    adapter: str | None = Field(None, description="Folder of a peft adapter whose weights to use.")
+    about: dict[str, Any] = Field(description="What the result says about the model.")
+
+
 class WorkerSpec(ConfigModel):
     """What one attempt's workers are told; plain JSON, so that any launcher can carry it."""
 
@@ -136,3 +151,4 @@ class WorkerSpec(ConfigModel):
     init_from: str | None = Field(None, description="URI of a checkpoint of another run whose weights to begin with.")
     collective_timeout_s: float = Field(1800, gt=0, description="Seconds until a hung collective fails.")
     resolved_config: dict[str, Any] = Field(description="The whole run's configuration, kept in every checkpoint.")
+    evaluation: EvaluationTask | None = Field(None, description="Evaluate instead of training.")

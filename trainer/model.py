@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from data_shards.storage import content_hash
-from trainer.config import LoraConfig, Method, ModelConfig, Precision
+from trainer import attention
+from trainer.config import Attention, LoraConfig, Method, ModelConfig, Precision
 from trainer.errors import ModelError
 
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}
@@ -95,6 +96,7 @@ def model_config(path: Path, config: ModelConfig) -> Any:
         if not hasattr(hf_config, key):
             raise ModelError(f"model.config_overrides.{key}: {type(hf_config).__name__} has no such field")
         setattr(hf_config, key, value)
+    attention.register()
     hf_config._attn_implementation = config.attention.value
     return hf_config
 
@@ -119,6 +121,8 @@ def build_model(
     hf_config = model_config(path, config)
     dtype = DTYPES[config.precision]
     # transformers looks for a live HfDeepSpeedConfig (a weak reference) and then builds under zero.Init.
+    if deepspeed_config is None and config.attention == Attention.PACKED:
+        hf_config._attn_implementation = Attention.SDPA.value  # to generate, with masks and a cache
     zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config is not None else None
     torch.manual_seed(seed)
     if config.random_init:

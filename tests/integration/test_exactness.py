@@ -206,12 +206,13 @@ def test_what_must_not_change_the_figures(base: str, references: dict[OptimizerN
     variants: list[dict[str, Any]] = [
         recompute,
         {"attention": "eager"},
+        {"attention": "sdpa"},
         {"method": Method.LORA},
         {"method": Method.LORA, **recompute},
         {"precision": Precision.BF16},
     ]
-    checkpointed, eager, lora, lora_checkpointed, bf16 = run_workers(run_variants, 2, base, variants)[0]
-    for results in (checkpointed, eager):
+    checkpointed, eager, sdpa, lora, lora_checkpointed, bf16 = run_workers(run_variants, 2, base, variants)[0]
+    for results in (checkpointed, eager, sdpa):
         assert [r.loss for r in results] == pytest.approx(reference.losses[:3], rel=1e-5)
         assert [r.grad_norm for r in results] == pytest.approx(reference.grad_norms[:3], rel=1e-5)
     assert [r.grad_norm for r in lora_checkpointed] == pytest.approx([r.grad_norm for r in lora], rel=1e-5)
