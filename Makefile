@@ -1,5 +1,6 @@
 # Every target sets up .venv by itself. Ray's telemetry is off and its auth mode explicit in all of them.
 PYTHON ?= python3
+TEST_WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
@@ -7,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test test-unit lint format bench schema clean
+.PHONY: install quickstart test test-unit lint format bench bench-gpu schema clean
 
 install: $(DEV_STAMP)
 
@@ -23,8 +24,9 @@ $(DEV_STAMP): $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/python launch/quickstart.py
 
+# Most of a test's time is waiting (imports, Ray starting), so two files at a time even on two cores.
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-unit: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/unit
@@ -40,6 +42,11 @@ format: $(DEV_STAMP)
 
 schema: $(STAMP)
 	$(BIN)/python -m launch.config_schema
+	$(BIN)/python helm/config_in_values_schema.py
+
+# One device, no Ray: BENCH_ARGS="--shape 7b --method full"; docs/gpu.md.
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu_step.py $(BENCH_ARGS)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/against_plain_pytorch.py $(BENCH_ARGS)

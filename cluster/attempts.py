@@ -12,6 +12,8 @@ from typing import Any
 
 from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, decide_without_room, root_cause
 from cluster.launcher import WorkerLauncher
+from cluster.run_metrics import RunState
+from cluster.run_monitor import Monitor, NoMonitor
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
 from trainer.run_directory import NoUsableCheckpoint, RunDirectory, Say, read_json, utc_now, write_json
@@ -74,6 +76,7 @@ def run_attempts(
     make_spec: Callable[[str, CheckpointRef | None], WorkerSpec],
     *,
     max_failures_without_progress: int,
+    monitor: Monitor | None = None,
     allowed_changes: tuple[str, ...] = (),
     say: Say = print,
 ) -> Submission:
@@ -87,12 +90,14 @@ def run_attempts(
     chain = run.lineage()
     parent = chain[-1] if chain else None
     stop = _StopRequest(run, say)
+    monitor = monitor or NoMonitor()
     with stop.listening():
         while True:
             try:
                 resume_from = run.newest(say, corrupt)
             except NoUsableCheckpoint as error:
                 return Submission(Decision(Action.FAIL, str(error)), parent.number if parent else 0, None)
+            monitor.set_state(RunState.WAITING)
             if not launcher.wait_for_room(lambda: stop.wanted, say):
                 step = resume_from.step if resume_from else 0
                 decision = decide_without_room(step, stop_wanted=stop.wanted)
@@ -101,6 +106,7 @@ def run_attempts(
             parent = start
             where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
             say(f"attempt {start.number} ({start.attempt}): {where}")
+            monitor.attempt_started(start.number)
             stop.attempt = start.attempt
             stop.forward()
             lost = launcher.run(make_spec(start.attempt, resume_from))
@@ -110,6 +116,7 @@ def run_attempts(
                 corrupt |= {end.error.checkpoint}
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
             if decision.action == Action.RETRY:
+                monitor.set_state(RunState.WAITING)
                 say(
                     f"attempt {start.number} failed ({decision.reason}); the next one starts in {decision.delay_s:.0f}s"
                 )

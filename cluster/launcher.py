@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+from cluster.config import MetricsConfig
+from cluster.run_monitor import Monitor
 from trainer.config import WorkerSpec
 from trainer.run_directory import Say
 
@@ -18,6 +20,10 @@ class WorkerLauncher(Protocol):
 
     def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> bool:
         """Called before each attempt: block until its workers could be placed. False: cancelled, or waited too long."""
+        ...
+
+    def open_monitor(self, run: str, run_uri: str, config: MetricsConfig) -> Monitor:
+        """Called once, before the first attempt: where the run's metrics go. Whoever calls it closes the monitor."""
         ...
 
     def run(self, spec: WorkerSpec) -> str:

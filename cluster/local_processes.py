@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, MetricsConfig
+from cluster.run_monitor import Monitor, NoMonitor
 from data_shards.errors import BadInput
 from trainer.config import WorkerSpec
 from trainer.run_directory import RunDirectory, Say
@@ -53,6 +54,10 @@ class LocalProcesses:
     def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> bool:
         """This machine is here, or nothing is."""
         return True
+
+    def open_monitor(self, run: str, run_uri: str, config: MetricsConfig) -> Monitor:
+        """None here: what a person debugs on one machine is watched in its log."""
+        return NoMonitor()
 
     def run(self, spec: WorkerSpec) -> str:
         attempt = RunDirectory.at(spec.run_uri).attempt(spec.attempt)

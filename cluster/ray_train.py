@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, MetricsConfig
+from cluster.run_monitor import Monitor, NoMonitor, start_monitor
 from data_shards.errors import BadInput
 from trainer.config import WorkerSpec
 from trainer.run_directory import Say
@@ -34,13 +35,15 @@ def _train_function(arguments: dict[str, Any]) -> None:
     """Runs in each Ray Train worker, in a thread, with the process group up and torchrun's environment set."""
     from trainer.worker import run_worker
 
-    run_worker(WorkerSpec.model_validate(arguments["spec"]))
+    run_worker(WorkerSpec.model_validate(arguments["spec"]), arguments["metrics"])
 
 
 class RayTrain:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._use_gpu = False
+        self._embedded = False
+        self._monitor: Monitor = NoMonitor()
         self._connect()
 
     def _connect(self) -> None:
@@ -55,6 +58,7 @@ class RayTrain:
         if in_ray_job() or os.environ.get("RAY_ADDRESS"):
             ray.init(address="auto", log_to_driver=True)
             return
+        self._embedded = True
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         slots = max(os.cpu_count() or 1, int(self._config.num_workers * self._config.cpus_per_worker))
         # Without a dashboard Ray Train warns each second that it can't ask it; only errors are worth a line here.
@@ -118,6 +122,12 @@ class RayTrain:
         finally:
             remove_placement_group(group)
 
+    def open_monitor(self, run: str, run_uri: str, config: MetricsConfig) -> Monitor:
+        if config.port:
+            address = config.address or ("127.0.0.1" if self._embedded else "0.0.0.0")
+            self._monitor = start_monitor(run, run_uri, address, config)
+        return self._monitor
+
     def run(self, spec: WorkerSpec) -> str:
         """One ``fit()`` without Ray's own retries: what to do after a failure is decided in ``cluster.failures``."""
         from ray.exceptions import RayError
@@ -127,7 +137,7 @@ class RayTrain:
 
         trainer = TorchTrainer(
             _train_function,
-            train_loop_config={"spec": spec.model_dump(mode="json")},
+            train_loop_config={"spec": spec.model_dump(mode="json"), "metrics": self._monitor.sink},
             torch_config=TorchConfig(
                 backend="nccl" if self._use_gpu else "gloo", timeout_s=int(self._config.collective_timeout_s)
             ),

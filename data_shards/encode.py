@@ -52,6 +52,14 @@ def stop_tokens(tokenizer: Any, base: Path) -> list[str]:
     return sorted(filter(None, tokenizer.convert_ids_to_tokens(sorted(ids))))
 
 
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A hash of everything that decides which ids a text becomes."""
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Saved with some tokenizers, and switched off by the first call here.
+    del content["truncation"], content["padding"]
+    return sha256(signed_json.canonical(content))
+
+
 class Encoder:
     """Turns records into sequences with one tokenizer, template and set of options."""
 
@@ -79,11 +87,8 @@ class Encoder:
 
     def identity(self) -> dict[str, Any]:
         """What the ids and masks depend on besides the records: goes into the fingerprint."""
-        tokenizer = json.loads(self._tokenizer.backend_tokenizer.to_str())
-        # Saved with some tokenizers, and switched off by the first call here.
-        del tokenizer["truncation"], tokenizer["padding"]
         return {
-            "tokenizer": sha256(signed_json.canonical(tokenizer)),
+            "tokenizer": tokenizer_identity(self._tokenizer),
             "special_tokens": sha256(signed_json.canonical(dict(self._tokenizer.special_tokens_map))),
             "template": sha256((self._template_text or "").encode()),
             "stop_tokens": self._stops,

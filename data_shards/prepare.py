@@ -58,6 +58,10 @@ def fingerprint_parts(config: DataConfig, encoder: Encoder) -> dict[str, Any]:
     }
 
 
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    return sha256(signed_json.canonical(parts))[:32]
+
+
 def _existing(path: str) -> Path:
     if not Path(path).is_file():
         raise DataError(
@@ -74,7 +78,7 @@ def prepare(
     Raises DataError with file and line for anything that can't be used.
     """
     parts = fingerprint_parts(config, encoder)
-    fingerprint = sha256(signed_json.canonical(parts))[:32]
+    fingerprint = fingerprint_of(parts)
     location = root.child(fingerprint)
     try:
         found = Prepared(location, read_dataset_manifest(location))

@@ -45,6 +45,11 @@ class SplitReader:
         columns = self._batches[shard][batch]
         return Pack(*(_list_item(columns.column(i), index) for i in range(3)))
 
+    def largest_token_id(self) -> int:
+        """Over the whole split; -1 where it holds nothing."""
+        ids = [batch.column("input_ids").values.to_numpy() for shard in self._batches for batch in shard]
+        return max((int(part.max()) for part in ids if part.size), default=-1)
+
     def num_trained(self, rows: np.ndarray) -> int:
         """Trained tokens in these rows together."""
         return int(self._num_trained[rows].sum())

@@ -18,8 +18,10 @@ from trainer.run_directory import utc_now
 
 VERBS = {
     "prepare": "records to Arrow shards",
+    "plan": "memory, disk, steps and batches of a run before it takes a GPU, and whether they fit",
     "finetune": "prepare if needed, train, export if asked; the same command again resumes",
     "generate": "the same prompts through the base and the tuned model",
+    "evaluate": "perplexity and token accuracy of a checkpoint, the base or an exported model",
     "export": "a checkpoint to Hugging Face files",
     "checkpoints": "list or verify a run's checkpoints",
     "runs": "list the runs under a storage path",

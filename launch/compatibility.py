@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 FREE = (
     "run",
     "cluster",
+    "metrics",
     "checkpoint",
     "evaluation",
     "export",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import types
 import typing
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, MetricsConfig
 from data_shards.config import ConfigModel, DataConfig
 from data_shards.errors import BadInput
 from trainer.config import TrainerConfig
@@ -38,6 +39,7 @@ class Config(TrainerConfig):
     run: RunSection = RunSection()
     data: DataConfig
     cluster: ClusterConfig = ClusterConfig()
+    metrics: MetricsConfig = MetricsConfig()
     resume: ResumeSection = ResumeSection()
     export: ExportSection = ExportSection()
     init_from: str | None = Field(
@@ -76,9 +78,23 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     return config.model_copy(update={"run": config.run.model_copy(update={"name": Path(path).stem})})
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads ``1e-6`` as a number, as YAML 1.2 and everybody does; to PyYAML (1.1) it is text without a dot."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+\Z"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str) -> Any:
+    """Raises yaml.YAMLError."""
+    return yaml.load(text, _Loader)  # a SafeLoader
+
+
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise BadInput(f"--config {path}: {error.strerror or error}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -93,7 +109,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise BadInput(f"{override!r}: an override reads section.key=value, such as optimizer.lr=1e-5")
     try:
-        value = yaml.safe_load(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
         raise BadInput(f"{override!r}: the value is not valid YAML: {error}") from error
     *sections, leaf = key.split(".")

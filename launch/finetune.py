@@ -13,11 +13,15 @@ from cluster.attempts import run_attempts
 from cluster.config import ClusterConfig, Launcher
 from cluster.failures import Action
 from cluster.launcher import WorkerLauncher
+from cluster.run_metrics import RunState
 from data_shards.errors import BadInput
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import to_yaml
 from launch.exit_codes import ExitCode
 from launch.job import Job, export_if_asked, make_job, settle, write_result
+from launch.plan import report_of
+from launch.plan_inputs import find_target, plan_of_prepared
+from launch.plan_text import lines_of, problem
 from launch.torchrun import finetune_as_worker, under_torchrun
 
 _EXIT_CODES = {
@@ -26,6 +30,7 @@ _EXIT_CODES = {
     Action.FAIL: ExitCode.FAILED,
     Action.BAD_INPUT: ExitCode.BAD_INPUT,
 }
+_END_STATES = {Action.FINISH: RunState.FINISHED, Action.STOP_RESUMABLE: RunState.STOPPED}
 
 
 def make_launcher(config: ClusterConfig) -> WorkerLauncher:
@@ -48,6 +53,18 @@ def describe(job: Job) -> None:
     )
 
 
+def show_plan(job: Job) -> None:
+    """What `baton plan` says, with the data as it was prepared. Raises BadInput where it surely does not fit."""
+    target = find_target(job.config)
+    report = report_of(job.config, plan_of_prepared(job.dataset.manifest), target, job.base)
+    print("\n".join(lines_of(report)), flush=True)
+    found = problem(report)
+    if found and not target.assumed:
+        raise BadInput(f"the run does not fit: {found}")
+    if found:  # the workers' machines may have what this one has not
+        say(f"here the run would not fit: {found}")
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = config_parser("finetune")
     parser.add_argument("--dry-run", action="store_true", help="stop before training and print what would run")
@@ -66,6 +83,7 @@ def main(arguments: Sequence[str]) -> int:
         describe(job)
         if options.dry_run:
             settle(job, say, record=False)
+            show_plan(job)
             say("dry run: nothing was started")
             return ExitCode.DONE
         action = train(job, launcher)
@@ -84,18 +102,25 @@ def train(job: Job, launcher: WorkerLauncher) -> Action:
         say(f"the run is finished: step {standing.newest.step if standing.newest else 0} is its last; nothing to do")
         write_result(job, standing.newest, Action.FINISH.value, reason)
         return Action.FINISH
-    submission = run_attempts(
-        job.run,
-        launcher,
-        job.spec,
-        max_failures_without_progress=job.config.cluster.max_failures_without_progress,
-        allowed_changes=standing.allowed_changes,
-        say=say,
-    )
-    decision = submission.decision
-    write_result(job, submission.checkpoint, decision.action.value, decision.reason)
-    say(f"{decision.action.value}: {decision.reason}")
-    return decision.action
+    monitor = launcher.open_monitor(job.config.run.name, job.run.storage.uri, job.config.metrics)
+    ended = RunState.FAILED
+    try:
+        submission = run_attempts(
+            job.run,
+            launcher,
+            job.spec,
+            max_failures_without_progress=job.config.cluster.max_failures_without_progress,
+            monitor=monitor,
+            allowed_changes=standing.allowed_changes,
+            say=say,
+        )
+        decision = submission.decision
+        write_result(job, submission.checkpoint, decision.action.value, decision.reason)
+        say(f"{decision.action.value}: {decision.reason}")
+        ended = _END_STATES.get(decision.action, RunState.FAILED)
+        return decision.action
+    finally:
+        monitor.close(ended)
 
 
 if __name__ == "__main__":

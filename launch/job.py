@@ -16,7 +16,7 @@ from data_shards.storage import Storage
 from launch.compatibility import differences, refused
 from launch.config import Config
 from launch.export import export_run, missing_exports
-from launch.places import newest_checkpoint, open_run
+from launch.places import at_commit, newest_checkpoint, open_run
 from trainer.checkpoint import CheckpointRef
 from trainer.checkpoint_manifest import Progress
 from trainer.config import WorkerSpec
@@ -57,11 +57,7 @@ class Job:
 
     def spec(self, attempt: str, resume_from: CheckpointRef | None) -> WorkerSpec:
         trainer = self.config.trainer()
-        if not Path(self.config.model.base).is_dir():
-            # Workers on other nodes download the very commit that was resolved here.
-            trainer = trainer.model_copy(
-                update={"model": trainer.model.model_copy(update={"revision": self.base.name})}
-            )
+        trainer = trainer.model_copy(update={"model": at_commit(trainer.model, self.base)})
         return WorkerSpec(
             run_uri=self.run.storage.uri,
             attempt=attempt,
@@ -95,12 +91,18 @@ def prepare_data(config: Config, base: Path, say: Say) -> Prepared:
             f"data.seq_len={config.data.seq_len} is beyond what the model was made for (max_position_embeddings="
             f"{longest}); lower it, or raise the model's with model.config_overrides.max_position_embeddings"
         )
+    return prepare(config.data, make_encoder(config, base), datasets_root(config), report=say)
+
+
+def make_encoder(config: Config, base: Path) -> Encoder:
     tokenizer = load_tokenizer(base, trust_remote_code=config.model.trust_remote_code)
-    encoder = Encoder(tokenizer, config.data, stop_tokens(tokenizer, base))
-    root = (
-        Storage.at(config.data.prepared) if config.data.prepared else Storage.at(config.run.storage).child("datasets")
-    )
-    return prepare(config.data, encoder, root, report=say)
+    return Encoder(tokenizer, config.data, stop_tokens(tokenizer, base))
+
+
+def datasets_root(config: Config) -> Storage:
+    """Where prepared datasets lie, by fingerprint."""
+    prepared = config.data.prepared
+    return Storage.at(prepared) if prepared else Storage.at(config.run.storage).child("datasets")
 
 
 def make_job(config: Config, say: Say) -> Job:

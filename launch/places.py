@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from launch.config import Config
 from trainer.checkpoint import CheckpointRef
+from trainer.config import ModelConfig
 from trainer.run_directory import RunDirectory
+
+
+def at_commit(model: ModelConfig, base: Path) -> ModelConfig:
+    """With a hub id, workers on other nodes download the very commit that was resolved here as ``base``."""
+    return model if Path(model.base).is_dir() else model.model_copy(update={"revision": base.name})
 
 
 def open_run(config: Config) -> RunDirectory:

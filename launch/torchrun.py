@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 from data_shards.errors import BadInput, BatonError
 from launch.cli import say
@@ -28,44 +28,57 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
-def finetune_as_worker(config: Config) -> int:
-    """This process's part of the run. Restarts are torchrun's (``--max-restarts``); each is an attempt of its own."""
+def agree(begin: Callable[[], WorkerSpec | None]) -> WorkerSpec | None:
+    """What rank 0's ``begin`` gives, on every rank; elsewhere ``begin`` is not called. None: there is nothing to do.
+
+    Raises on the other ranks what tells them that rank 0 could not begin.
+    """
     from torch.distributed import rendezvous
 
     store, rank, _ = next(rendezvous("env://", timeout=_PATIENCE))
     key = f"baton/begin/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-    job: Job | None = None
     if rank == 0:
         try:
-            job, message = _begin(config)
+            spec = begin()
         except BaseException as error:
             store.set(key, json.dumps({"failed": str(error), "bad_input": isinstance(error, BadInput)}))
             raise
-        store.set(key, json.dumps(message))
-    else:
-        message = json.loads(store.get(key))
-        if "failed" in message:
-            kind = BadInput if message["bad_input"] else BatonError
-            raise kind(f"rank 0 could not begin: {message['failed']}")
-    if "spec" not in message:
+        store.set(key, json.dumps({"spec": spec.model_dump(mode="json") if spec else None}))
+        return spec
+    message = json.loads(store.get(key))
+    if "failed" in message:
+        kind = BadInput if message["bad_input"] else BatonError
+        raise kind(f"rank 0 could not begin: {message['failed']}")
+    return WorkerSpec.model_validate(message["spec"]) if message["spec"] else None
+
+
+def finetune_as_worker(config: Config) -> int:
+    """This process's part of the run. Restarts are torchrun's (``--max-restarts``); each is an attempt of its own."""
+    jobs: list[Job] = []  # rank 0's
+
+    def begin() -> WorkerSpec | None:
+        jobs.append(make_job(config, say))
+        return _begin(jobs[0])
+
+    spec = agree(begin)
+    if spec is None:
         return ExitCode.DONE
-    outcome = run_worker(WorkerSpec.model_validate(message["spec"]))
-    if job is not None:
+    outcome = run_worker(spec)
+    for job in jobs:
         write_result(job, newest_checkpoint(job.run), outcome.value, "torchrun's workers ended")
         if outcome == Outcome.FINISHED:
             export_if_asked(job)
     return ExitCode.DONE if outcome == Outcome.FINISHED else ExitCode.STOPPED
 
 
-def _begin(config: Config) -> tuple[Job, dict[str, Any]]:
-    job = make_job(config, say)
+def _begin(job: Job) -> WorkerSpec | None:
     standing = settle(job, say)
     if standing.finished:
         say("the run is finished; nothing to do")
         write_result(job, standing.newest, "finished", "all steps are done")
         export_if_asked(job)
-        return job, {}
+        return None
     chain = job.run.lineage()
     start = job.run.start_attempt(chain[-1] if chain else None, standing.newest, standing.allowed_changes)
     say(f"attempt {start.number} ({start.attempt}) under torchrun, from step {start.start_step}")
-    return job, {"spec": job.spec(start.attempt, standing.newest).model_dump(mode="json")}
+    return job.spec(start.attempt, standing.newest)

@@ -23,7 +23,7 @@ class Progress:
     tokens: int = 0
     trained_tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
-    """wall seconds by kind (train, evaluate, checkpoint, …), over all attempts"""
+    """wall seconds of rank 0 by kind (the parts of a step, evaluation, checkpoint), over the attempts that led here"""
     last_loss: float | None = None
     eval_loss: float | None = None
     first_eval_loss: float | None = None

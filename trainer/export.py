@@ -23,6 +23,7 @@ from trainer.model import model_config, peft_config, weight_files
 from trainer.tensor_files import TensorSpec, write_tensors
 
 MAX_FILE_BYTES = 5_000_000_000
+ADAPTER_FILE = "adapter_model.safetensors"
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja",
                "generation_config.json", "*.model", "preprocessor_config.json")  # fmt: skip
 
@@ -69,7 +70,7 @@ def export_full(source: ExportSource, target: Storage, dtype: torch.dtype) -> No
 
 def export_adapter(source: ExportSource, lora: LoraConfig, target: Storage) -> None:
     """A LoRA run's adapter in peft's format, in fp32."""
-    shapes = {_adapter_name(entry.name): entry for entry in source.ref.manifest.parameters}
+    shapes = {adapter_name(entry.name): entry for entry in source.ref.manifest.parameters}
     with source.reader() as reader:
 
         def produce(name: str) -> torch.Tensor:
@@ -77,7 +78,7 @@ def export_adapter(source: ExportSource, lora: LoraConfig, target: Storage) -> N
             return reader.read(entry.name, "fp32", entry.numel, 0, entry.numel).reshape(entry.shape)
 
         specs = {name: TensorSpec(entry.shape, torch.float32) for name, entry in shapes.items()}
-        write_tensors(target, "adapter_model.safetensors", specs, produce, {"format": "pt"})
+        write_tensors(target, ADAPTER_FILE, specs, produce, {"format": "pt"})
     _write_companions(source, target)
     config = peft_config(lora)
     config.base_model_name_or_path = source.model.base
@@ -140,7 +141,8 @@ def write_model_files(
     target.write("model.safetensors.index.json", [json.dumps(index, indent=1).encode()])
 
 
-def _adapter_name(name: str) -> str:
+def adapter_name(name: str) -> str:
+    """The name of an adapter's parameter in peft's files."""
     return name.replace(".default.", ".")
 
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 from data_shards.sampler import Sampler
-from trainer.checkpoint_manifest import Progress
+from trainer.checkpoint_manifest import CheckpointManifest, Progress
 from trainer.config import TrainerConfig
 from trainer.engine import ZeroEngine
 from trainer.evaluate import evaluate
+from trainer.metrics import Reporter, StepFigures
 from trainer.progress_log import ProgressLog
 from trainer.schedule import learning_rate
 from trainer.step import PackSource, train_step
@@ -35,9 +36,10 @@ class Loop:
     train: PackSource
     validation: PackSource | None
     progress: Progress
-    save: Callable[[Progress], None]
+    save: Callable[[Progress], CheckpointManifest]
     stop_wanted: Callable[[], bool]
     log: ProgressLog
+    reporter: Reporter
 
     def run(self) -> Outcome:
         """Raises NonFiniteStep, StepInvariantBroken, or what saving raises; nothing committed is touched then."""
@@ -68,17 +70,18 @@ class Loop:
         """One optimizer step. Returns whether any rank wishes to stop."""
         done = self.progress.step
         rate = learning_rate(self.config.optimizer, done, self.sampler.num_steps)
-        with self._timed("train") as timer:
-            result = train_step(
-                self.engine,
-                self.train,
-                self.sampler.rows_of_step(done),
-                step=done,
-                seed=self.config.seed,
-                micro_batch_size=self.config.training.micro_batch,
-                learning_rate=rate,
-                stop_requested=self.stop_wanted(),
-            )
+        timer = _Timer()
+        result = train_step(
+            self.engine,
+            self.train,
+            self.sampler.rows_of_step(done),
+            step=done,
+            seed=self.config.seed,
+            micro_batch_size=self.config.training.micro_batch,
+            learning_rate=rate,
+            stop_requested=self.stop_wanted(),
+        )
+        seconds = timer.stop()
         self.progress = replace(
             self.progress,
             step=done + 1,
@@ -86,25 +89,29 @@ class Loop:
             tokens=self.progress.tokens + result.tokens,
             trained_tokens=self.progress.trained_tokens + result.trained_tokens,
             last_loss=result.loss,
+            seconds=added(self.progress.seconds, result.seconds_by_part),
         )
-        self.log.step(done + 1, result, rate, timer.seconds)
+        self.log.step(done + 1, result, rate, seconds)
+        self.reporter.stepped(self.progress, StepFigures(rate, result.grad_norm, self.log.tokens_per_second))
         return result.stop_requested
 
     def _evaluate(self) -> None:
         if self.validation is None:
             return
-        with self._timed("evaluate"):
+        with self._timed("evaluation"):
             result = evaluate(self.engine, self.validation, self.config.evaluation.micro_batch)
         first = self.progress.first_eval_loss
         self.progress = replace(
             self.progress, eval_loss=result.loss, first_eval_loss=result.loss if first is None else first
         )
         self.log.evaluation(self.progress.step, result)
+        self.reporter.evaluated(self.progress)
 
     def _save(self) -> None:
         self.log.flush()  # before the commit: records of steps behind it would never be made again
         with self._timed("checkpoint") as timer:
-            self.save(self.progress)
+            manifest = self.save(self.progress)
+        self.reporter.committed(self.progress, manifest, timer.seconds)
         self.log.say(f"committed step {self.progress.step} in {timer.seconds:.2f}s")
 
     @contextmanager
@@ -112,12 +119,19 @@ class Loop:
         """Adds the wall seconds of its body to the run's, by kind."""
         timer = _Timer()
         yield timer
-        timer.seconds = time.perf_counter() - timer.started
-        seconds = self.progress.seconds
-        self.progress = replace(self.progress, seconds=seconds | {kind: seconds.get(kind, 0.0) + timer.seconds})
+        self.progress = replace(self.progress, seconds=added(self.progress.seconds, {kind: timer.stop()}))
+
+
+def added(seconds: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    """The sum of both, by kind (pure)."""
+    return {kind: seconds.get(kind, 0.0) + more.get(kind, 0.0) for kind in {**seconds, **more}}
 
 
 class _Timer:
     def __init__(self) -> None:
         self.started = time.perf_counter()
         self.seconds = 0.0
+
+    def stop(self) -> float:
+        self.seconds = time.perf_counter() - self.started
+        return self.seconds

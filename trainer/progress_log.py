@@ -54,10 +54,16 @@ class ProgressLog:
                 f"grad norm {result.grad_norm:.3f}  {tokens / max(spent, 1e-9):,.0f} tok/s  ETA {eta}"
             )
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Over recent steps, all workers together."""
+        spent, tokens = (sum(values) for values in zip(*self._recent, strict=True)) if self._recent else (0.0, 0)
+        return tokens / max(spent, 1e-9)
+
     def evaluation(self, step: int, result: EvaluationResult) -> None:
         self.say(
             f"evaluation after step {step}: loss {result.loss:.4f}  perplexity {result.perplexity:.3f}  "
-            f"over {result.trained_tokens:,} tokens"
+            f"token accuracy {result.accuracy:.1%}  over {result.trained_tokens:,} tokens"
         )
 
     def flush(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,7 @@ from trainer.batch import collate
 from trainer.batch_geometry import rank_micro_batches
 from trainer.engine import ZeroEngine
 from trainer.errors import NonFiniteStep, StepInvariantBroken
+from trainer.step_clock import StepClock
 
 
 class PackSource(Protocol):
@@ -42,6 +44,8 @@ class StepResult(NamedTuple):
     rows_digest: int
     """sum of a hash of each row id that any rank really trained on: order-free, equal for equal batches"""
     stop_requested: bool
+    seconds_by_part: Mapping[str, float]
+    """this rank's wall seconds: data, forward_backward, optimizer, agreement (the all-reduce of these very figures)"""
 
 
 def reseed(seed: int, step: int, rows: np.ndarray) -> None:
@@ -79,21 +83,26 @@ def train_step(
     parts = rank_micro_batches(
         len(rows), rank=engine.rank, world_size=engine.world_size, micro_batch_size=micro_batch_size
     )
+    clock = StepClock(engine.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
     seen = np.zeros(4)  # rows, tokens, trained tokens, digest
     for index, (start, stop) in enumerate(parts):
         row_ids = rows[start:stop]
         batch = collate([source.pack(int(row)) for row in row_ids])
+        clock.mark("data")
         reseed(seed, step, row_ids)
         loss_sum += engine.train_micro_batch(batch, max(1, global_trained), is_last=index == len(parts) - 1).double()
         if len(row_ids):
             seen += [len(row_ids), batch.input_ids.numel(), batch.num_trained, sum(map(row_digest, row_ids))]
+        clock.mark("forward_backward")
     grad_norm = engine.apply_step(learning_rate)
+    clock.mark("optimizer")
     # Counts and 32-bit digests are exact in float64, so one small all-reduce carries everything.
     agreed = torch.cat(
         [loss_sum[None], torch.tensor([*seen, stop_requested], dtype=torch.float64, device=engine.device)]
     )
     torch.distributed.all_reduce(agreed)
+    clock.mark("agreement")
     total, num_rows, tokens, trained, digest, stops = agreed.tolist()
     planned = (len(rows), global_trained, sum(map(row_digest, rows)))
     if (int(num_rows), int(trained), int(digest)) != planned:
@@ -105,4 +114,5 @@ def train_step(
     loss = total / max(1, global_trained)
     if not np.isfinite(loss):
         raise NonFiniteStep(f"step {step}: the loss is {loss}; rows {rows[:8].tolist()}… of the dataset")
-    return StepResult(loss, grad_norm, int(num_rows), int(tokens), int(trained), int(digest), stops > 0)
+    seconds = clock.seconds()  # after tolist, which waits for the device
+    return StepResult(loss, grad_norm, int(num_rows), int(tokens), int(trained), int(digest), stops > 0, seconds)

@@ -39,6 +39,22 @@ def tensor_bytes(tensor: torch.Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
+def header_bytes(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a safetensors file begins with: the header's length and the header, padded to 8 bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    offset = 0
+    for name, spec in specs.items():
+        header[name] = {
+            "dtype": _DTYPE_NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
+        }
+        offset += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_tensors(
     storage: Storage,
     relative: str,
@@ -49,18 +65,7 @@ def write_tensors(
     """Write one safetensors file, asking ``produce(name)`` for each tensor in turn."""
 
     def chunks() -> Iterator[Any]:
-        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-        offset = 0
-        for name, spec in specs.items():
-            header[name] = {
-                "dtype": _DTYPE_NAMES[spec.dtype],
-                "shape": list(spec.shape),
-                "data_offsets": [offset, offset + spec.nbytes],
-            }
-            offset += spec.nbytes
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        yield len(text).to_bytes(8, "little") + text
+        yield header_bytes(specs, metadata)
         for name, spec in specs.items():
             tensor = produce(name)
             if tensor.numel() != spec.numel or tensor.dtype != spec.dtype:

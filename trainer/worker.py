@@ -20,8 +20,11 @@ from trainer import checkpoint
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
 from trainer.config import TrainerConfig, TrainingConfig, WorkerSpec
 from trainer.deepspeed_config import deepspeed_config
+from trainer.deterministic import make_deterministic
 from trainer.engine import ZeroEngine, build_optimizer
+from trainer.evaluation_worker import evaluate_model
 from trainer.loop import Loop, Outcome
+from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import build_trained_model, locate_base
 from trainer.process_group import start_process_group
 from trainer.progress_log import ProgressLog
@@ -48,13 +51,6 @@ def total_rows(training: TrainingConfig, num_rows: int) -> int:
     return max(1, round(training.epochs * num_rows))  # type: ignore[operator]
 
 
-def make_deterministic() -> None:
-    """Bit-equal runs on a GPU, slower (docs.pytorch.org/docs/stable/notes/randomness.html)."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False
-
-
 def build_engine(spec: WorkerSpec) -> ZeroEngine:
     config = spec.trainer
     zero = deepspeed_config(config.model.precision, config.optimizer.max_grad_norm, config.zero)
@@ -64,20 +60,20 @@ def build_engine(spec: WorkerSpec) -> ZeroEngine:
     return ZeroEngine(model, build_optimizer(model, config.optimizer), zero)
 
 
-def restore(engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec) -> Progress:
-    """Load what the attempt begins with. Returns where the run stands then."""
+def restore(engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec) -> CheckpointManifest | None:
+    """Load what the attempt begins with. Returns the manifest of the run's own checkpoint, if it continues from one."""
     if spec.resume_from is not None:
         ref = checkpoint.read_manifest(run.checkpoints, spec.resume_from)
         checkpoint.load(engine, run.checkpoints, ref)
-        return ref.manifest.progress
+        return ref.manifest
     if spec.init_from is not None:
         folder, _, name = spec.init_from.rpartition("/")
         source = Storage.at(folder)
         checkpoint.load(engine, source, checkpoint.read_manifest(source, name), weights_only=True)
-    return Progress()
+    return None
 
 
-def save(engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec, progress: Progress) -> None:
+def save(engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec, progress: Progress) -> CheckpointManifest:
     draft = CheckpointManifest(
         attempt=spec.attempt,
         created=utc_now(),
@@ -91,12 +87,13 @@ def save(engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec, progress: Prog
         versions=versions(),
         files=(),
     )
-    checkpoint.save(engine, run.checkpoints, draft)
+    ref = checkpoint.save(engine, run.checkpoints, draft)
     if engine.rank == 0:
         run.prune(spec.trainer.checkpoint.keep_last)
+    return ref.manifest
 
 
-def train(spec: WorkerSpec) -> Outcome:
+def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     """Build everything for this rank and run the loop to its end."""
     config: TrainerConfig = spec.trainer
     run = RunDirectory.at(spec.run_uri)
@@ -112,11 +109,15 @@ def train(spec: WorkerSpec) -> Outcome:
         source.num_rows, config.seed, config.training.global_batch, total_rows(config.training, source.num_rows)
     )
     log = ProgressLog(run.attempt(spec.attempt), sampler.num_steps, config.training.log_every, enabled=engine.rank == 0)
-    progress = restore(engine, run, spec)
+    resumed = restore(engine, run, spec)
+    progress = resumed.progress if resumed else Progress()
     log.say(
         f"training {sum(p.numel for p in engine.trained):,} parameters on {engine.world_size} workers "
         f"({engine.device.type}), from step {progress.step} of {sampler.num_steps}"
     )
+    sink = metrics if engine.rank == 0 else NoMetrics()
+    reporter = Reporter(sink, spec.attempt, progress, num_steps=sampler.num_steps, world_size=engine.world_size)
+    reporter.began(resumed)
     stop = StopSignal(run, spec.attempt, watch=engine.rank == 0)
     loop = Loop(
         engine,
@@ -128,6 +129,7 @@ def train(spec: WorkerSpec) -> Outcome:
         partial(save, engine, run, spec),
         lambda: stop.requested,
         log,
+        reporter,
     )
     try:
         outcome = loop.run()
@@ -139,13 +141,16 @@ def train(spec: WorkerSpec) -> Outcome:
     return outcome
 
 
-def run_worker(spec: WorkerSpec) -> Outcome:
-    """``train`` in a process group, leaving an error report in the attempt's folder if it fails."""
+def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
+    """What the spec asks for, in a process group, leaving an error report in the attempt's folder if it fails."""
     rank = int(os.environ.get("RANK", "0"))
     print(f"{utc_now()} worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}", flush=True)
     try:
         start_process_group(spec.collective_timeout_s)
-        return train(spec)
+        if spec.evaluation is not None:
+            evaluate_model(spec)
+            return Outcome.FINISHED
+        return train(spec, metrics or NoMetrics())
     except Exception as error:
         with suppress(OSError):  # a full disk must not hide what really went wrong
             RunDirectory.at(spec.run_uri).write_error(spec.attempt, WorkerError.of(rank, error))

@@ -54,7 +54,7 @@ def folder(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path
 def test_the_verbs(folder: Path) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("baton ")]
     lines = [line.replace("/shared/runs", str(folder / "runs")) for line in lines if "launcher=" not in line]
-    assert len(lines) == 9
+    assert len(lines) == 11
     outputs = {line: shell(line, folder) for line in lines}
     said = "\n".join(outputs.values())
     for expected in (
@@ -64,6 +64,8 @@ def test_the_verbs(folder: Path) -> None:
         "run hotter in",
         "expected ",
         "exported step",
+        "perplexity",
+        "plan of my",
         "good  ",
         "W=2",
     ):

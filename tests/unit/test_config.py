@@ -54,6 +54,18 @@ def test_bad_values_are_explained(tmp_path: Path, override: str, message: str) -
         load_config(write(tmp_path, values), [override])
 
 
+def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:
+    """PyYAML alone reads 1e-6 as text; where the field is free that would reach the model."""
+    path = write(
+        tmp_path,
+        "model: {base: x, config_overrides: {eps: 1e-6, theta: 5E+5, name: 1e-6x, version: '1e3'}}\n"
+        "data: {train: x}\ntraining: {steps: 1}",
+    )
+    config = load_config(path, ["model.config_overrides.other=2e-5"])
+    expected = {"eps": 1e-6, "theta": 5e5, "name": "1e-6x", "version": "1e3", "other": 2e-5}
+    assert config.model.config_overrides == expected
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

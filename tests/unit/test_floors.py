@@ -14,7 +14,7 @@ FORBIDDEN = {
     "cluster": {"deepspeed"},
     "launch": {"deepspeed"},
 }
-DEEPSPEED_ROOMS = {"trainer/engine.py", "trainer/process_group.py"}
+DEEPSPEED_ROOMS = {"trainer/engine.py", "trainer/forward_engine.py", "trainer/process_group.py"}
 
 
 def imported(source: str) -> set[str]:

@@ -1,0 +1,65 @@
+"""``baton plan``: what a run will need, before it takes a GPU. Needs neither GPU nor weights."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):  # as a script: `python launch/plan.py`
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_shards.errors import BadInput
+from launch.cli import config_from, config_parser, run_verb
+from launch.config import Config
+from launch.exit_codes import ExitCode
+from launch.plan_inputs import DataPlan, Target, find_hf_config, find_target, free_disk_bytes, look_at_data
+from launch.plan_report import Report, as_json, make_report
+from launch.plan_text import lines_of, problem
+from trainer.config import Method
+from trainer.model import max_positions
+from trainer.model_shape import model_shape
+
+
+def report_of(config: Config, data: DataPlan, target: Target, base: Path | None = None) -> Report:
+    """Raises ModelError or BadInput for a model that can't be planned for.
+
+    Args:
+        base: where the base lies, if that is known.
+    """
+    hf_config, source = find_hf_config(config, base)
+    _check_length(config, hf_config)
+    precision, method, lora = config.model.precision, config.training.method, config.training.lora
+    shape = model_shape(hf_config, precision, method, lora)
+    other = model_shape(hf_config, precision, Method.LORA, lora) if method == Method.FULL else None
+    return make_report(config, shape, source, data, target, free_disk_bytes(config), other)
+
+
+def _check_length(config: Config, hf_config: Any) -> None:
+    longest = max_positions(hf_config)
+    if longest is not None and config.data.seq_len > longest:
+        raise BadInput(
+            f"data.seq_len={config.data.seq_len} is beyond what the model was made for (max_position_embeddings="
+            f"{longest}); lower it, or raise the model's with model.config_overrides.max_position_embeddings"
+        )
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = config_parser("plan")
+    parser.add_argument("--gpu-memory-gib", type=float, help="of one GPU; default: cluster.gpu_memory_gib")
+    parser.add_argument("--gpus-per-node", type=int, help="default: cluster.gpus_per_node")
+    parser.add_argument("--json", action="store_true", help="every figure as one JSON object, in bytes")
+    options = parser.parse_args(arguments)
+    config = config_from(options)
+    target = find_target(config, options.gpu_memory_gib, options.gpus_per_node)
+    report = report_of(config, look_at_data(config), target)
+    print(json.dumps(as_json(report), indent=1) if options.json else "\n".join(lines_of(report)), flush=True)
+    if found := problem(report):
+        raise BadInput(f"the run does not fit: {found}")
+    return ExitCode.DONE
+
+
+if __name__ == "__main__":
+    sys.exit(run_verb(main, sys.argv[1:]))

@@ -1,0 +1,64 @@
+"""Bytes that a run writes, and host memory that reading them back takes, from shapes alone (pure)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from trainer.model_shape import ModelShape, ParameterShape, count
+from trainer.slices import slice_bounds
+from trainer.tensor_files import TensorSpec, header_bytes
+
+FP32 = 4
+
+
+def rank_file_bytes(
+    trained: Sequence[ParameterShape], rank: int, world_size: int, state_keys: Sequence[str]
+) -> int:  # fmt: skip
+    """The exact size of ``rank-<r>.safetensors``, as ``trainer/checkpoint.py`` writes it: slices without padding."""
+    return _file_bytes([p.name for p in trained], _lengths(trained, rank, world_size), state_keys)
+
+
+def _lengths(trained: Sequence[ParameterShape], rank: int, world_size: int) -> tuple[int, ...]:
+    bounds = (slice_bounds(parameter.numel, rank, world_size) for parameter in trained)
+    return tuple(stop - start for start, stop in bounds)
+
+
+def _file_bytes(names: Sequence[str], lengths: Sequence[int], state_keys: Sequence[str]) -> int:
+    specs = {
+        f"{name}/{part}": TensorSpec((length,), torch.float32)
+        for name, length in zip(names, lengths, strict=True)
+        if length
+        for part in ("fp32", *state_keys)
+    }
+    return len(header_bytes(specs)) + sum(spec.nbytes for spec in specs.values())
+
+
+def checkpoint_bytes(trained: Sequence[ParameterShape], world_size: int, state_keys: Sequence[str]) -> int:
+    """All rank files together; the manifest adds some kilobytes."""
+    names = [parameter.name for parameter in trained]
+    alike = Counter(_lengths(trained, rank, world_size) for rank in range(world_size))  # most ranks hold as much
+    return sum(number * _file_bytes(names, lengths, state_keys) for lengths, number in alike.items())
+
+
+def retained_checkpoints(keep_last: int) -> int:
+    """Checkpoints on disk at the worst moment: a new one is written before an old one goes."""
+    return keep_last + 1
+
+
+def export_bytes(shape: ModelShape, dtype_bytes: int, *, merge_lora: bool) -> dict[str, int]:
+    """Tensor bytes of each file set that ``trainer/export.py`` would write; headers add some kilobytes."""
+    adapter = [p for p in shape.parameters if ".lora_" in p.name]
+    if not adapter:
+        return {"model": count(shape.parameters) * dtype_bytes}
+    merged = {"merged": count(shape.base) * dtype_bytes} if merge_lora else {}
+    return {"adapter": count(adapter) * FP32, **merged}
+
+
+def resume_host_bytes(trained: Sequence[ParameterShape], world_size: int, state_keys: Sequence[str]) -> int:
+    """Host memory of one worker while it resumes: all its slices at once (``trainer/checkpoint.py``, ``load``), and one
+    of them padded."""
+    slices = sum(-(-p.numel // world_size) for p in trained) * FP32 * (1 + len(state_keys))
+    return slices + max(p.partition(world_size) for p in trained) * FP32
