@@ -5,27 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from data_shards.pack import Pack
 from data_shards.storage import Storage
 from tests.integration.test_exactness import ADAMW, make_engine
 from tests.support.distributed import run_workers
 from tests.support.tiny import DRAFT, ragged_packs, save_tiny_model
 from trainer import checkpoint
+from trainer.batch import collate
 from trainer.config import LoraConfig, Method, ModelConfig, Precision
 from trainer.export import ExportSource, export_adapter, export_full, export_merged, write_model_files
 from trainer.step import train_step
 from trainer.tensor_files import TensorSpec
 
 IDS = torch.arange(2, 42)[None]
+ALL = collate([Pack(IDS[0].numpy(), np.ones(IDS.numel(), bool), np.array([IDS.numel()]))])
 LORA = LoraConfig(rank=4)
 
 
 def train_and_save(base: str, root: str, method: Method) -> torch.Tensor:
     """A few steps, a checkpoint, and the engine's own logits: fp32 [1, T, V]."""
-    import numpy as np
-
     engine = make_engine(base, ADAMW, method=method)
     for step in range(4):
         rows = np.arange(step * 3, step * 3 + 3)
@@ -33,7 +35,8 @@ def train_and_save(base: str, root: str, method: Method) -> torch.Tensor:
     checkpoint.save(engine, Storage.at(root), DRAFT)
     engine.module.eval()
     with torch.no_grad():
-        return engine._engine(input_ids=IDS, use_cache=False).logits
+        # As the trainer calls it, but with all logits.
+        return engine._engine(**ALL.model_inputs() | {"logits_to_keep": 0}).logits
 
 
 def source_of(base: Path, root: Path) -> ExportSource:
