@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, default=Path(shared) / "bench" if shared else None)
     parser.add_argument("--data", type=Path, default=Path(shared) / "data/gsm8k/train.jsonl" if shared else None)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=20, help="TRL's are measured from its sixth on")
     options = parser.parse_args()
     if options.peers is None or options.data is None:
         parser.error("give --peers and --data")

@@ -127,6 +127,8 @@ def main() -> None:
             json.dumps({"tokens_per_s": tokens / seconds, "trained_share": trained / tokens, "parts": shares}),
             flush=True,
         )
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()  # gloo's threads would else now and then abort at exit
 
 
 if __name__ == "__main__":
