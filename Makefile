@@ -24,7 +24,7 @@ $(DEV_STAMP): $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/python launch/quickstart.py
 
-# Most of a test's time is waiting (imports, Ray starting), so two files at a time even on two cores.
+# Two files at a time: much of a test is waiting, for Ray to start or a lost worker to be noticed.
 test: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 

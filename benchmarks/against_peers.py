@@ -43,8 +43,7 @@ def number(pattern: str) -> Callable[[str], float]:
 
 
 def run(command: list[str]) -> str:
-    shared = os.environ.get("BATON_SHARED", "")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "BATON_SHARED": shared}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=False)
     if done.returncode:
         raise RuntimeError(

@@ -58,10 +58,14 @@ def _cause(end: AttemptEnd) -> str:
     return "; ".join(filter(None, [error, end.lost_workers])) or "the workers vanished"
 
 
+def _stopped_on_request(committed_step: int) -> Decision:
+    return Decision(Action.STOP_RESUMABLE, f"stopped on request; step {committed_step} is saved")
+
+
 def decide_without_room(committed_step: int, *, stop_wanted: bool) -> Decision:
     """What follows when the workers could not be placed: nothing was tried, so nothing failed."""
     if stop_wanted:
-        return Decision(Action.STOP_RESUMABLE, f"stopped on request; step {committed_step} is saved")
+        return _stopped_on_request(committed_step)
     return Decision(
         Action.STOP_RESUMABLE,
         f"the cluster had no room for the workers in time (cluster.wait_for_room_s); step {committed_step} is saved",
@@ -77,7 +81,7 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
     last = history[-1]
     if last.kind == EndKind.FINISHED:
         return Decision(Action.FINISH, "all steps are done")
-    stopped = Decision(Action.STOP_RESUMABLE, f"stopped on request; step {last.committed_step} is saved")
+    stopped = _stopped_on_request(last.committed_step)
     if last.kind == EndKind.STOPPED:
         return stopped
     cause = _cause(last)

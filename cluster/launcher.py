@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-from cluster.config import MetricsConfig
+from cluster.config import ClusterConfig, Launcher, MetricsConfig
 from cluster.run_monitor import Monitor
 from trainer.config import WorkerSpec
 from trainer.run_directory import Say
@@ -33,3 +33,14 @@ class WorkerLauncher(Protocol):
     def close(self) -> None:
         """Called once, at the end, also after errors."""
         ...
+
+
+def make_launcher(config: ClusterConfig) -> WorkerLauncher:
+    """The one that ``cluster.launcher`` names; only its own libraries are imported."""
+    if config.launcher == Launcher.PROCESSES:
+        from cluster.local_processes import LocalProcesses
+
+        return LocalProcesses(config)
+    from cluster.ray_train import RayTrain
+
+    return RayTrain(config)

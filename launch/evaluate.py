@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # as a script: `python launch/evaluate.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cluster.failures import root_cause
-from cluster.launcher import WorkerLauncher
+from cluster.launcher import WorkerLauncher, make_launcher
 from data_shards.errors import BadInput, BatonError
 from data_shards.prepare import VALIDATION, Prepared
 from data_shards.shard_reader import SplitReader
@@ -30,7 +30,6 @@ from launch.evaluation_subject import (
     other_data,
 )
 from launch.exit_codes import ExitCode
-from launch.finetune import make_launcher
 from launch.job import prepare_data
 from launch.places import open_run
 from launch.torchrun import agree, under_torchrun

@@ -10,9 +10,8 @@ if __package__ in (None, ""):  # as a script: `python launch/finetune.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cluster.attempts import run_attempts
-from cluster.config import ClusterConfig, Launcher
 from cluster.failures import Action
-from cluster.launcher import WorkerLauncher
+from cluster.launcher import WorkerLauncher, make_launcher
 from cluster.run_metrics import RunState
 from data_shards.errors import BadInput
 from launch.cli import config_from, config_parser, run_verb, say
@@ -31,16 +30,6 @@ _EXIT_CODES = {
     Action.BAD_INPUT: ExitCode.BAD_INPUT,
 }
 _END_STATES = {Action.FINISH: RunState.FINISHED, Action.STOP_RESUMABLE: RunState.STOPPED}
-
-
-def make_launcher(config: ClusterConfig) -> WorkerLauncher:
-    if config.launcher == Launcher.PROCESSES:
-        from cluster.local_processes import LocalProcesses
-
-        return LocalProcesses(config)
-    from cluster.ray_train import RayTrain
-
-    return RayTrain(config)
 
 
 def describe(job: Job) -> None:

@@ -83,14 +83,19 @@ def find_init(init_from: str) -> str:
     return f"{run.checkpoints.uri}/{found[-1].name}"
 
 
-def prepare_data(config: Config, base: Path, say: Say) -> Prepared:
-    """Raises DataError, with file and line where it can."""
-    longest = max_positions(model_config(base, config.model))
+def check_length(config: Config, hf_config: Any) -> None:
+    """Raises BadInput for packs longer than the model's positions."""
+    longest = max_positions(hf_config)
     if longest is not None and config.data.seq_len > longest:
         raise BadInput(
             f"data.seq_len={config.data.seq_len} is beyond what the model was made for (max_position_embeddings="
             f"{longest}); lower it, or raise the model's with model.config_overrides.max_position_embeddings"
         )
+
+
+def prepare_data(config: Config, base: Path, say: Say) -> Prepared:
+    """Raises DataError, with file and line where it can."""
+    check_length(config, model_config(base, config.model))
     return prepare(config.data, make_encoder(config, base), datasets_root(config), report=say)
 
 

@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 if __package__ in (None, ""):  # as a script: `python launch/plan.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -15,11 +14,11 @@ from data_shards.errors import BadInput
 from launch.cli import config_from, config_parser, run_verb
 from launch.config import Config
 from launch.exit_codes import ExitCode
+from launch.job import check_length
 from launch.plan_inputs import DataPlan, Target, find_hf_config, find_target, free_disk_bytes, look_at_data
 from launch.plan_report import Report, as_json, make_report
 from launch.plan_text import lines_of, problem
 from trainer.config import Method
-from trainer.model import max_positions
 from trainer.model_shape import model_shape
 
 
@@ -30,20 +29,11 @@ def report_of(config: Config, data: DataPlan, target: Target, base: Path | None 
         base: where the base lies, if that is known.
     """
     hf_config, source = find_hf_config(config, base)
-    _check_length(config, hf_config)
+    check_length(config, hf_config)
     precision, method, lora = config.model.precision, config.training.method, config.training.lora
     shape = model_shape(hf_config, precision, method, lora)
     other = model_shape(hf_config, precision, Method.LORA, lora) if method == Method.FULL else None
     return make_report(config, shape, source, data, target, free_disk_bytes(config), other)
-
-
-def _check_length(config: Config, hf_config: Any) -> None:
-    longest = max_positions(hf_config)
-    if longest is not None and config.data.seq_len > longest:
-        raise BadInput(
-            f"data.seq_len={config.data.seq_len} is beyond what the model was made for (max_position_embeddings="
-            f"{longest}); lower it, or raise the model's with model.config_overrides.max_position_embeddings"
-        )
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -24,9 +24,9 @@ from launch.config import Config
 from launch.job import datasets_root, make_encoder
 from trainer.activation_memory import Device
 from trainer.errors import ModelError
+from trainer.memory_plan import GIB
 from trainer.model import model_config
 
-_GIB = 2**30
 _SAMPLE = 500
 _USUAL_GPUS_PER_NODE = 8
 
@@ -148,7 +148,7 @@ def find_target(config: Config, gpu_memory_gib: float | None = None, gpus_per_no
     memory = gpu_memory_gib or cluster.gpu_memory_gib
     if memory is not None:
         source = "--gpu-memory-gib" if gpu_memory_gib else "cluster.gpu_memory_gib"
-        return Target(Device.GPU, round(memory * _GIB), per_node, source, assumed=False)
+        return Target(Device.GPU, round(memory * GIB), per_node, source, assumed=False)
     if cluster.use_gpu is not False and torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         return Target(Device.GPU, properties.total_memory, per_node, f"this machine's {properties.name}", assumed=False)

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from trainer.config import Attention, Method
-from trainer.model_shape import ModelShape, ParameterShape
+from trainer.model_shape import FP32, ModelShape, ParameterShape
 
-_FP32 = 4
 _INT64 = 8
 
 
@@ -35,10 +34,10 @@ def attention_bytes(shape: ModelShape, attention: Attention, device: Device, tok
     """What one layer's attention saves: inputs, output, and what the softmax leaves."""
     w, b = shape.widths, shape.itemsize
     repeated = w.attention if w.kv_heads > 1 else w.key  # keys and values for all heads; a view where there is but one
-    statistics = _FP32 * w.heads * tokens  # log-sum-exp of each row (Dao et al., arXiv 2205.14135, algorithm 1)
+    statistics = FP32 * w.heads * tokens  # log-sum-exp of each row (Dao et al., arXiv 2205.14135, algorithm 1)
     match attention:
         case Attention.EAGER:
-            scores = w.heads * tokens**2 * (_FP32 + (b if b != _FP32 else 0))  # softmax in fp32, then its cast
+            scores = w.heads * tokens**2 * (FP32 + (b if b != FP32 else 0))  # softmax in fp32, then its cast
             return 2 * (w.attention + repeated) * tokens * b + scores
         case Attention.SDPA:
             # Each layer converts the boolean mask to b bytes an element.
@@ -56,9 +55,9 @@ def adapter_bytes(shape: ModelShape, adapters: list[ParameterShape], device: Dev
         adapters: the A matrices, [rank, features].
     """
     dropped = shape.lora_dropout > 0
-    mask = (1 if device == Device.GPU else _FP32) if dropped else 0  # on a CPU it is a factor
-    own_input = _FP32 if dropped or shape.itemsize != _FP32 else 0  # dropped, or cast
-    per_token = sum((own_input + mask) * adapter.shape[1] + _FP32 * adapter.shape[0] for adapter in adapters)
+    mask = (1 if device == Device.GPU else FP32) if dropped else 0  # on a CPU it is a factor
+    own_input = FP32 if dropped or shape.itemsize != FP32 else 0  # dropped, or cast
+    per_token = sum((own_input + mask) * adapter.shape[1] + FP32 * adapter.shape[0] for adapter in adapters)
     return tokens * per_token
 
 
@@ -78,14 +77,14 @@ def layer_bytes(shape: ModelShape, attention: Attention, device: Device, tokens:
 def norm_bytes(shape: ModelShape, tokens: int) -> int:
     """RMSNorm: its input in fp32, the reciprocal root per token, and, where its weight is trained, the normed input."""
     normed = shape.widths.hidden * shape.itemsize if shape.method == Method.FULL else 0
-    return tokens * (_FP32 * shape.widths.hidden + _FP32 + normed)
+    return tokens * (FP32 * shape.widths.hidden + FP32 + normed)
 
 
 def frozen_input_bytes(shape: ModelShape, tokens: int) -> int:
     """What the first layer saves less where the embedding is frozen: its norm, and the linears' own input."""
     if shape.method == Method.FULL:
         return 0
-    own_input = shape.widths.hidden * tokens * shape.itemsize if shape.itemsize != _FP32 else 0
+    own_input = shape.widths.hidden * tokens * shape.itemsize if shape.itemsize != FP32 else 0
     return norm_bytes(shape, tokens) + own_input
 
 
@@ -99,7 +98,7 @@ def outside_layers_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
 
 def loss_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
     """What the loss saves: the log-probabilities in fp32, and the targets."""
-    return size.trained * (_FP32 * shape.widths.vocab + _INT64)
+    return size.trained * (FP32 * shape.widths.vocab + _INT64)
 
 
 def loss_peak_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
@@ -107,7 +106,7 @@ def loss_peak_bytes(shape: ModelShape, size: MicroBatchSize) -> int:
 
     Backward needs as much: log-probabilities, their gradient, and the gradient of the logits.
     """
-    copies = shape.itemsize + _FP32 + (_FP32 if shape.itemsize != _FP32 else 0)
+    copies = shape.itemsize + FP32 + (FP32 if shape.itemsize != FP32 else 0)
     return size.trained * shape.widths.vocab * copies
 
 
@@ -136,9 +135,9 @@ def layer_work_bytes(shape: ModelShape, attention: Attention, tokens: int) -> in
     the scores.
     """
     w, b = shape.widths, shape.itemsize
-    work = tokens * (3 * w.ffn * b + w.hidden * (3 * _FP32 + 2 * b))
-    if shape.method == Method.LORA and b != _FP32:
-        work += 2 * tokens * max(w.ffn, w.hidden) * _FP32
+    work = tokens * (3 * w.ffn * b + w.hidden * (3 * FP32 + 2 * b))
+    if shape.method == Method.LORA and b != FP32:
+        work += 2 * tokens * max(w.ffn, w.hidden) * FP32
     if attention == Attention.EAGER:
-        work += 2 * w.heads * tokens**2 * _FP32
+        work += 2 * w.heads * tokens**2 * FP32
     return work

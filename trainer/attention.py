@@ -15,6 +15,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from trainer.errors import ModelError
+
 PACKED = "packed"
 """The name under which transformers finds it. No mask function is registered for it, so none is built."""
 
@@ -47,11 +49,11 @@ def packed_attention(
     Returns:
         [1, T, H, D], and no attention weights.
 
-    Raises ValueError where the model wants what is not done here; another ``model.attention`` may do it.
+    Raises ModelError where the model wants what is not done here; another ``model.attention`` may do it.
     """
     asked = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
     if asked or attention_mask is not None or cu_seq_lens_q is None or max_length_q is None or query.shape[0] != 1:
-        raise ValueError(
+        raise ModelError(
             f"model.attention=packed does not serve this model ({type(module).__name__} "
             f"{'asks for ' + ', '.join(asked) if asked else 'passes no sequence bounds, or a mask'}); set "
             "model.attention=sdpa or eager"

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
-from trainer.model_shape import ModelShape, ParameterShape, count
+from trainer.model_shape import FP32, ModelShape, ParameterShape, count
 from trainer.slices import slice_bounds
 from trainer.tensor_files import TensorSpec, header_bytes
-
-FP32 = 4
 
 
 def rank_file_bytes(

@@ -15,9 +15,8 @@ from trainer import activation_memory as activations
 from trainer.activation_memory import Device, MicroBatchSize
 from trainer.config import Attention, Method, OptimizerName, TrainerConfig, ZeroConfig
 from trainer.gathered_parameters import gathered
-from trainer.model_shape import ModelShape, ParameterShape
+from trainer.model_shape import FP32, ModelShape, ParameterShape
 
-FP32 = 4
 GIB = 2**30
 
 RUNTIME_BYTES = {Device.GPU: 2 * GIB, Device.CPU: 1 * GIB}

@@ -5,6 +5,7 @@ It is built on torch's meta device by the same calls that build it for training,
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ import torch
 from trainer.config import LoraConfig, Method, Precision
 from trainer.errors import ModelError
 from trainer.model import DTYPES, add_lora
+
+FP32 = torch.float32.itemsize
+"""Bytes of an element of masters, gradients and optimizer states."""
 
 _LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.ModuleDict, torch.nn.ParameterDict)
@@ -30,10 +34,7 @@ class ParameterShape:
 
     @property
     def numel(self) -> int:
-        total = 1
-        for size in self.shape:
-            total *= size
-        return total
+        return math.prod(self.shape)
 
     @property
     def layer(self) -> int | None:
