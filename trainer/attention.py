@@ -106,18 +106,14 @@ def _by_sequence(
     dropout: float,
 ) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
+    lengths = [stop - start for start, stop in pairwise(bounds)]
+    # split, not slices: its backward is one concatenation, a slice's is a whole tensor of zeros per sequence.
+    sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), lengths, strict=True)
     parts = []
-    for start, stop in pairwise(bounds):
-        mask = _window_mask(stop - start, sliding_window, query.device)
+    for q, k, v, length in sequences:
+        mask = _window_mask(length, sliding_window, query.device)
         part = F.scaled_dot_product_attention(
-            query[:, :, start:stop],
-            key[:, :, start:stop],
-            value[:, :, start:stop],
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=grouped,
+            q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
         )
         parts.append(part.transpose(1, 2))  # [1, L, H, D]
     return torch.cat(parts, dim=1)
