@@ -8,6 +8,9 @@ Contenders, two workers each, fp32, AdamW, clipping, micro batch 4 packs of 512 
   whatever the mask). Both pack by best fit and keep packed sequences apart.
 - the same packs with the records' real masks: Baton computes logits only where a token is trained.
 
+Rows and packs are two comparisons (--only); the contenders take turns, in one order and the other, because a shared
+machine's speed drifts by the minute.
+
 The peers' scripts are not part of Baton: --peers names the folder that holds bare_deepspeed.py, peer_trl.py and
 make_tiny.py. TRL must be installed beside Baton (`pip install --no-deps trl`).
 """
@@ -30,6 +33,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+
+ROWS = ("Baton, full rows", "bare DeepSpeed", "bare DeepSpeed, overlap")
 
 
 class Contender(NamedTuple):
@@ -76,9 +81,9 @@ def contenders(options: argparse.Namespace, model: str, folder: Path) -> dict[st
     everything = prepare(folder, model, str(options.data), "all")
     masked = prepare(folder, model, str(options.data), "assistant")
     return {
-        "Baton, full rows": Contender(ours, speed),
-        "bare DeepSpeed": Contender([*bare, "0"], number(r": (\d+) tok/s")),
-        "bare DeepSpeed, overlap": Contender([*bare, "1"], number(r": (\d+) tok/s")),
+        ROWS[0]: Contender(ours, speed),
+        ROWS[1]: Contender([*bare, "0"], number(r": (\d+) tok/s")),
+        ROWS[2]: Contender([*bare, "1"], number(r": (\d+) tok/s")),
         "Baton, packs, all trained": Contender([*ours, "--dataset", everything], speed),
         "TRL SFTTrainer, packing": Contender(trl, number(r": (\d+) real tok/s")),
         "Baton, packs, real masks": Contender([*ours, "--dataset", masked], speed),
@@ -99,6 +104,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, default=Path(shared) / "bench" if shared else None)
     parser.add_argument("--data", type=Path, default=Path(shared) / "data/gsm8k/train.jsonl" if shared else None)
+    parser.add_argument("--only", choices=["rows", "packs"], help="full rows of random tokens, or packs of records")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="TRL's are measured from its sixth on")
     options = parser.parse_args()
@@ -108,6 +114,8 @@ def main() -> None:
         model = f"{temp}/base"
         print(run([sys.executable, str(options.peers / "make_tiny.py"), str(options.data), model]).strip(), flush=True)
         found = contenders(options, model, Path(temp))
+        if options.only:
+            found = {name: contender for name, contender in found.items() if (name in ROWS) == (options.only == "rows")}
         speeds: dict[str, list[float]] = {name: [] for name in found}
         for index in range(options.rounds):
             order = list(found) if index % 2 == 0 else list(found)[::-1]
@@ -118,11 +126,12 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in speeds.items()}
     for name, median in medians.items():
         print(f"{name:26} median {median:7,.0f} tok/s  ({min(speeds[name]):,.0f}-{max(speeds[name]):,.0f})")
-    bare = max(medians["bare DeepSpeed"], medians["bare DeepSpeed, overlap"])
-    packed = medians["Baton, packs, all trained"]
-    print(f"Baton / better bare loop:     {medians['Baton, full rows'] / bare:.3f}")
-    print(f"Baton / TRL:                  {packed / medians['TRL SFTTrainer, packing']:.3f}")
-    print(f"logits only where trained:    {medians['Baton, packs, real masks'] / packed:.3f}")
+    if options.only != "packs":
+        print(f"Baton / better bare loop:     {medians[ROWS[0]] / max(medians[ROWS[1]], medians[ROWS[2]]):.3f}")
+    if options.only != "rows":
+        packed = medians["Baton, packs, all trained"]
+        print(f"Baton / TRL:                  {packed / medians['TRL SFTTrainer, packing']:.3f}")
+        print(f"logits only where trained:    {medians['Baton, packs, real masks'] / packed:.3f}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""Workers as plain processes of this machine, with torchrun's environment and without Ray."""
+"""Workers as plain processes of this machine, with torchrun's environment and without Ray.
+
+On a machine without a GPU they are forks of one process that has imported the libraries: that costs some ten seconds
+of a core, now once and not for every worker of every attempt. With GPUs each begins afresh, because what a library
+does with CUDA while it is imported would not survive a fork.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import multiprocessing
 import os
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.context import ForkServerContext, SpawnContext
+from multiprocessing.process import BaseProcess
 
 from cluster.config import ClusterConfig, MetricsConfig
 from cluster.run_monitor import Monitor, NoMonitor
@@ -18,14 +23,20 @@ from data_shards.errors import BadInput
 from trainer.config import WorkerSpec
 from trainer.run_directory import RunDirectory, Say
 
-ROOT = Path(__file__).resolve().parent.parent
-_PR_SET_PDEATHSIG = 1
+# Only what others wrote: the server may see another tree of ours than the driver runs (sys.path comes later, to forks).
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "transformers",
+    "transformers.modeling_utils",
+    "transformers.models.llama.modeling_llama",
+    "deepspeed",
+    "peft",
+    "pyarrow",
+    "pyarrow.fs",
+    "pydantic",
+)
 _GRACE_S = 5.0
-
-
-def _die_with_parent() -> None:
-    """Linux: get SIGKILL when the driver dies, so that no orphan goes on training."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def free_port() -> int:
@@ -60,65 +71,93 @@ class LocalProcesses:
         return NoMonitor()
 
     def run(self, spec: WorkerSpec) -> str:
-        attempt = RunDirectory.at(spec.run_uri).attempt(spec.attempt)
-        if attempt.local_path is None:
+        if RunDirectory.at(spec.run_uri).storage.local_path is None:
             raise BadInput("cluster.launcher=processes needs run.storage on a local or shared path")
-        attempt.write("spec.json", [spec.model_dump_json(indent=1).encode()])
-        port = free_port()
-        return self._wait([self._start(rank, port, attempt.local_path / "spec.json") for rank in range(self._size)])
+        context = _context()
+        environment = self._environment()
+        workers = [
+            context.Process(target=_worker, args=(spec.model_dump(mode="json"), _of_rank(environment, rank)))
+            for rank in range(self._config.num_workers)
+        ]
+        return _run(workers)
 
-    @property
-    def _size(self) -> int:
-        return self._config.num_workers
-
-    def _start(self, rank: int, port: int, spec: Path) -> subprocess.Popen[bytes]:
-        threads = max(1, (os.cpu_count() or 1) // self._size)
-        environment = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(self._size),
-            "LOCAL_WORLD_SIZE": str(self._size),
+    def _environment(self) -> dict[str, str]:
+        """What all ranks are told."""
+        size = self._config.num_workers
+        found = {
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "MASTER_PORT": str(free_port()),
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // size))),
         }
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
         if self._config.use_gpu is False:
-            environment["CUDA_VISIBLE_DEVICES"] = ""
-        return subprocess.Popen(
-            [sys.executable, "-m", "trainer.worker", str(spec)],
-            env=environment,
-            preexec_fn=_die_with_parent,
-            start_new_session=True,  # a terminal's Ctrl-C is for the driver, which asks the workers to stop and save
-        )
-
-    def _wait(self, workers: list[subprocess.Popen[bytes]]) -> str:
-        """Until all have ended; once one has failed, the rest get a little time to say why, then are ended."""
-        deadline: float | None = None
-        try:
-            while any(worker.poll() is None for worker in workers):
-                if deadline is None and any(worker.returncode for worker in workers):
-                    deadline = time.monotonic() + _GRACE_S
-                if deadline is not None and time.monotonic() > deadline:
-                    break
-                time.sleep(0.1)
-            lost = [
-                f"rank {rank} {_describe(worker.returncode)}"
-                for rank, worker in enumerate(workers)
-                if worker.returncode not in (0, None)
-            ]
-        finally:
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.kill()
-                worker.wait()
-        return "; ".join(lost)
+            found["CUDA_VISIBLE_DEVICES"] = ""
+        return found
 
     def close(self) -> None:
         """Nothing outlives ``run``."""
 
 
-def _describe(returncode: int) -> str:
-    if returncode < 0:
-        return f"was ended by {signal.Signals(-returncode).name}"
-    return f"exited with {returncode}"
+def _context() -> SpawnContext | ForkServerContext:
+    import torch
+
+    if torch.cuda.device_count():
+        return multiprocessing.get_context("spawn")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks when it is imported
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(PRELOAD))  # heeded by the first attempt, which starts the server
+    return context
+
+
+def _of_rank(environment: Mapping[str, str], rank: int) -> dict[str, str]:
+    return {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def _worker(spec: dict[str, object], environment: Mapping[str, str]) -> None:
+    """One rank, in its own process."""
+    os.environ.update(environment)
+    os.setsid()  # a terminal's Ctrl-C is for the driver, which asks the workers to stop and save
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    import torch
+
+    from trainer.worker import run_worker
+
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP was loaded before it could be told
+    run_worker(WorkerSpec.model_validate(spec))
+    torch.distributed.destroy_process_group()
+
+
+def _end_with_driver() -> None:
+    """No orphan goes on training."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _run(workers: Sequence[BaseProcess]) -> str:
+    """Until all have ended; once one has failed, the rest get a little time to say why, then are ended."""
+    deadline: float | None = None
+    try:
+        for worker in workers:
+            worker.start()
+        while any(worker.exitcode is None for worker in workers):
+            if deadline is None and any(worker.exitcode for worker in workers):
+                deadline = time.monotonic() + _GRACE_S
+            if deadline is not None and time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+        lost = [f"rank {rank} {_describe(worker.exitcode)}" for rank, worker in enumerate(workers) if worker.exitcode]
+    finally:
+        for worker in workers:
+            if worker.pid is not None:
+                worker.kill()
+                worker.join()
+    return "; ".join(lost)
+
+
+def _describe(exitcode: int) -> str:
+    if exitcode < 0:
+        return f"was ended by {signal.Signals(-exitcode).name}"
+    return f"exited with {exitcode}"

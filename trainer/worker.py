@@ -1,4 +1,4 @@
-"""One worker of one attempt, from a spec to a finished loop. ``torchrun … -m trainer.worker SPEC.json`` runs it too."""
+"""One worker of one attempt, from a spec to a finished loop, whoever started the process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,6 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
-
-import torch
 
 from data_shards.prepare import TRAIN, VALIDATION
 from data_shards.sampler import Sampler
@@ -155,13 +152,3 @@ def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
         with suppress(OSError):  # a full disk must not hide what really went wrong
             RunDirectory.at(spec.run_uri).write_error(spec.attempt, WorkerError.of(rank, error))
         raise
-
-
-def main() -> None:
-    spec = WorkerSpec.model_validate_json(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    run_worker(spec)
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.support.distributed import free_port
+from cluster.local_processes import free_port
 from tests.support.gpu import DEVICE
 from tests.support.tiny import save_tiny_model
 

@@ -27,28 +27,15 @@ from launch.finetune import train
 from launch.job import Job, make_job
 from launch.quickstart_inputs import make_base
 from tests.integration.conftest import Workshop
-from tests.support.command import ROOT, environment, run, write_config
-from tests.support.distributed import run_workers
+from tests.support.command import ROOT, environment, run, run_here, write_config
 from tests.support.plain_loop import sequences
 from tests.support.tiny import save_tiny_model
-from trainer.config import WorkerSpec
-from trainer.worker import run_worker
 
 STEPS = 6
 
 
-class Forked(LocalProcesses):
-    """Its workers are forks of a process that has imported everything."""
-
-    def __init__(self, num_workers: int) -> None:
-        super().__init__(ClusterConfig(num_workers=num_workers))
-
-    def run(self, spec: WorkerSpec) -> str:
-        try:
-            run_workers(run_worker, self._size, spec)
-        except AssertionError as error:
-            return str(error)
-        return ""
+def workers(number: int) -> LocalProcesses:
+    return LocalProcesses(ClusterConfig(num_workers=number))
 
 
 @dataclass(frozen=True)
@@ -67,7 +54,7 @@ class Trained:
         return Path(self.job.run.storage.uri)
 
     def scores(self, world_size: int, **request: Any) -> dict[str, Any]:
-        return run_evaluation(make_spec(self.config, Request(**request)), Forked(world_size))
+        return run_evaluation(make_spec(self.config, Request(**request)), workers(world_size))
 
 
 def train_run(workshop: Workshop, folder: Path, name: str, **changes: Any) -> Trained:
@@ -79,7 +66,7 @@ def train_run(workshop: Workshop, folder: Path, name: str, **changes: Any) -> Tr
     values["model"] = values["model"] | {"precision": "bf16" if name.endswith("bf16") else "fp32"}
     file = write_config(folder, values, name)
     job = make_job(load_config(str(file)), print)
-    assert train(job, Forked(2)) == "finished"
+    assert train(job, workers(2)) == "finished"
     (exported,) = export_run(job.config, job.base).values()
     return Trained(job, file, Path(exported.uri))
 
@@ -170,8 +157,8 @@ def check_output(output: str, trained: Trained, split: str = "validation") -> di
 
 
 def test_the_command_with_local_processes_over_the_train_split(full: Trained) -> None:
-    command = run("evaluate", "--config", str(full.file), "--split", "train", "--step", str(STEPS))
-    assert command.process.returncode == 0, command.output
+    command = run_here(evaluate.main, "--config", str(full.file), "--split", "train", "--step", str(STEPS))
+    assert command.code == 0, command.output
     found = check_output(command.output, full, "train")
     assert figures(found) == pytest.approx(plain_scores(plain_tuned(full), full, "train"), rel=1e-6)
 
@@ -237,4 +224,4 @@ def test_weights_of_another_model_are_named_by_the_workers(full: Trained, tmp_pa
     (other / "config.json").write_text(json.dumps(values))
     config = load_config(str(full.file), [f"model.base={other}"])
     with pytest.raises(BadInput, match="holds other parameters than this model"):
-        run_evaluation(make_spec(config, Request()), Forked(2))
+        run_evaluation(make_spec(config, Request()), workers(2))

@@ -19,10 +19,9 @@ from pathlib import Path
 
 import pytest
 
+from cluster.local_processes import free_port
 from launch.quickstart_inputs import make_inputs
-from tests.integration.test_recovery import edited_tree
-from tests.support.command import ROOT, RunFiles, environment
-from tests.support.distributed import free_port
+from tests.support.command import ROOT, RunFiles, edited_tree, environment
 
 BIN = Path(sys.executable).parent
 STEPS = 60

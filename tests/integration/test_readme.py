@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import io
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests.integration.conftest import Workshop
-from tests.support.command import ROOT, environment, run
+from tests.support.command import ROOT, run
 
 README = (ROOT / "README.md").read_text()
 BAD = ("Traceback", "baton:")
@@ -22,16 +26,24 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def shell(command: str, cwd: Path) -> str:
-    """Run one README line in ``cwd`` with the installed console script."""
-    words = shlex.split(command, comments=True)
-    assert words[0] == "baton"
-    words[0] = str(Path(sys.executable).parent / "baton")
-    done = subprocess.run(
-        words, cwd=cwd, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-    assert done.returncode == 0 and not any(word in done.stdout for word in BAD), f"{command}\n{done.stdout}"
-    return done.stdout
+@dataclass(frozen=True)
+class Shell:
+    """Runs README lines: what the installed ``baton`` calls, with the line's words, but in this process."""
+
+    folder: Path
+    monkeypatch: pytest.MonkeyPatch
+
+    def run(self, line: str) -> str:
+        words = shlex.split(line, comments=True)
+        (script,) = importlib.metadata.entry_points(group="console_scripts", name=words[0])
+        self.monkeypatch.chdir(self.folder)
+        self.monkeypatch.setattr(sys, "argv", words)
+        output = io.StringIO()
+        with redirect_stdout(output), redirect_stderr(output):
+            code = script.load()()
+        said = output.getvalue()
+        assert code == 0 and not any(word in said for word in BAD), f"{line}\n{said}"
+        return said
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +63,12 @@ def folder(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-def test_the_verbs(folder: Path) -> None:
+def test_the_verbs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("baton ")]
     lines = [line.replace("/shared/runs", str(folder / "runs")) for line in lines if "launcher=" not in line]
     assert len(lines) == 11
-    outputs = {line: shell(line, folder) for line in lines}
-    said = "\n".join(outputs.values())
+    shell = Shell(folder, monkeypatch)
+    said = "\n".join(map(shell.run, lines))
     for expected in (
         "data: prepared at",
         "dry run: nothing was started",
@@ -70,6 +82,12 @@ def test_the_verbs(folder: Path) -> None:
         "W=2",
     ):
         assert expected in said, f"{expected!r} missing in:\n{said}"
+
+
+def test_installed_command_answers() -> None:
+    command = [str(Path(sys.executable).parent / "baton"), "--help"]
+    done = subprocess.run(command, text=True, capture_output=True, check=True)
+    assert "baton VERB" in done.stderr and "finetune" in done.stderr
 
 
 def test_the_other_lines_are_run_elsewhere() -> None:

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from launch.cli import run_verb
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,6 +96,25 @@ def run(verb: str, *arguments: str, timeout_s: float = 240, **options: Any) -> C
 
 
 @dataclass(frozen=True)
+class Ended:
+    code: int
+    output: str
+    """of the driver, both streams; its workers write past it"""
+
+
+def run_here(main: Callable[[Sequence[str]], int], *arguments: str) -> Ended:
+    """A verb in this process. Its local workers are forks of what the tests have imported: seconds, not a minute."""
+    output = io.StringIO()
+    with redirect_stdout(output), redirect_stderr(output):
+        code = run_verb(main, arguments)
+    return Ended(code, output.getvalue())
+
+
+Trace = list[tuple[float, float, int]]
+"""(loss, gradient norm, digest of the rows) of every step"""
+
+
+@dataclass(frozen=True)
 class RunFiles:
     """What a run left in its folder."""
 
@@ -110,11 +135,24 @@ class RunFiles:
                     found[record["step"]] = record
         return found
 
-    def trace(self) -> list[tuple[float, float, int]]:
-        """(loss, gradient norm, digest of the rows) of every step, in order; fails if one is missing."""
+    def trace(self) -> Trace:
+        """Of every step in order; fails if one is missing."""
         steps = self.steps()
         assert sorted(steps) == list(range(1, len(steps) + 1))
         return [(steps[i]["loss"], steps[i]["grad_norm"], steps[i]["rows_digest"]) for i in sorted(steps)]
+
+
+def edited_tree(folder: Path) -> Path:
+    """A copy of the working tree in which somebody changed code meanwhile."""
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.egg-info", ".hypothesis")
+    tree = shutil.copytree(ROOT, folder / "edited", ignore=ignored)
+    with (tree / "trainer" / "loop.py").open("a") as file:
+        file.write("\n# an edit that changes nothing\n")
+    progress = tree / "trainer" / "progress_log.py"
+    text = progress.read_text()
+    assert "ETA {eta}" in text
+    progress.write_text(text.replace("ETA {eta}", "ETA {eta} (edited)"))
+    return tree
 
 
 def write_config(folder: Path, values: dict[str, Any], name: str = "run") -> Path:

@@ -9,34 +9,21 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOAD = [
-    "torch",
-    "torch.distributed",
-    "transformers",
-    "transformers.models.llama.modeling_llama",
+from cluster.local_processes import PRELOAD, free_port
+
+_MODULES = (
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.mistral.modeling_mistral",
-    "deepspeed",
-    "peft",
-    "pyarrow",
-    "pyarrow.fs",
     "trainer.engine",
     "trainer.model",
-]
+)
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOAD)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+_context.set_forkserver_preload([*PRELOAD, *_MODULES])
 
 
 def _worker(
@@ -79,6 +66,7 @@ def run_workers(
 
     Raises AssertionError with the traceback of the first rank that failed.
     """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # for the server: DeepSpeed looks when it is imported
     results = _context.Queue()
     port = free_port()
     workers = [

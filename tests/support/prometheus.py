@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.distributed import free_port
+from cluster.local_processes import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = Path(sys.prefix) / "tools" / "prometheus"
