@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -20,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from cluster.config import ClusterConfig, MetricsConfig
 from cluster.run_monitor import Monitor, NoMonitor
 from data_shards.errors import BadInput
+from data_shards.processes import end_with_parent
 from trainer.config import WorkerSpec
 from trainer.run_directory import RunDirectory, Say
 
@@ -31,6 +31,8 @@ PRELOAD = (
     "transformers.modeling_utils",
     "transformers.models.llama.modeling_llama",
     "deepspeed",
+    "deepspeed.module_inject.auto_ep_layer",  # these two at the first engine
+    "deepspeed.runtime.superoffload.superoffload_stage3",
     "peft",
     "pyarrow",
     "pyarrow.fs",
@@ -118,7 +120,7 @@ def _worker(spec: dict[str, object], environment: Mapping[str, str]) -> None:
     """One rank, in its own process."""
     os.environ.update(environment)
     os.setsid()  # a terminal's Ctrl-C is for the driver, which asks the workers to stop and save
-    threading.Thread(target=_end_with_driver, daemon=True).start()
+    end_with_parent()  # no orphan goes on training
     import torch
 
     from trainer.worker import run_worker
@@ -126,14 +128,6 @@ def _worker(spec: dict[str, object], environment: Mapping[str, str]) -> None:
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP was loaded before it could be told
     run_worker(WorkerSpec.model_validate(spec))
     torch.distributed.destroy_process_group()
-
-
-def _end_with_driver() -> None:
-    """No orphan goes on training."""
-    driver = multiprocessing.parent_process()
-    assert driver is not None
-    driver.join()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _run(workers: Sequence[BaseProcess]) -> str:

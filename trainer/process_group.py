@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import warnings
+from contextlib import suppress
 from datetime import timedelta
 
 import torch
@@ -13,6 +15,20 @@ def choose_accelerator() -> None:
     """Tell DeepSpeed which device to use before it is imported: GPUs when there are any, else CPU with gloo."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed's stage 3 imports its Muon optimizer, used or not, and torch.compile in there loads all of inductor:
+    three seconds of every worker's start."""
+    with suppress(ImportError):  # other versions of DeepSpeed have it elsewhere, and are only slower
+        from deepspeed.runtime import compiler
+
+        compiled = compiler.compile
+        compiler.compile = lambda *args, **options: lambda function: function
+        try:
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        finally:
+            compiler.compile = compiled
 
 
 def start_process_group(timeout_s: float = 1800) -> None:
@@ -25,6 +41,7 @@ def start_process_group(timeout_s: float = 1800) -> None:
     # At start-up DeepSpeed compiles a shared-memory all-reduce for CPU inference (a minute on a small machine, and a
     # compiler needed); training never calls it (deepspeed/comm/torch.py, inference_all_reduce).
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _import_muon_uncompiled()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -22,7 +22,7 @@ from trainer.config import Method, Precision
 from trainer.errors import CheckpointCorrupt
 from trainer.step import row_digest, train_step
 
-STEPS, SAVED_AT = 40, 15
+STEPS, SAVED_AT = 30, 12
 PACKS = ragged_packs(19, seed=3)
 SAMPLER = Sampler(num_rows=19, seed=5, global_batch=6, total_rows=6 * STEPS)
 
@@ -76,7 +76,7 @@ def smooth_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def saved(smooth_base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
-    """A checkpoint of step 15 by 2 workers, and the results of the run that was left alone."""
+    """A checkpoint of SAVED_AT by 2 workers, and the results of the run that was left alone."""
     root = str(tmp_path_factory.mktemp("checkpoints"))
     whole = run_workers(phases, 2, smooth_base, root, 0, STEPS, 2, {})[0][0]
     run_workers(phases, 2, smooth_base, root, 0, SAVED_AT, 2, {})
@@ -148,7 +148,7 @@ def test_no_manifest_no_checkpoint(saved: tuple[str, list[Any]]) -> None:
     manifest = Path(saved[0], name, "manifest.json")
     original = manifest.read_bytes()
     bad: list[str] = []
-    for damaged in (original[: len(original) // 2], original.replace(b'"step": 15', b'"step": 16'), b""):
+    for damaged in (original[: len(original) // 2], original.replace(b'"step": %d' % SAVED_AT, b'"step": 99'), b""):
         manifest.write_bytes(damaged)
         assert checkpoint.committed(storage, on_bad=lambda _name, problem: bad.append(problem)) == []
     manifest.unlink()

@@ -20,6 +20,7 @@ _MODULES = (
     "transformers.models.mistral.modeling_mistral",
     "trainer.engine",
     "trainer.model",
+    "tests.support.warm",
 )
 
 _context = multiprocessing.get_context("forkserver")

@@ -1,0 +1,46 @@
+"""Prepared datasets of random packs, written as preparing writes them, without records or a tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+import numpy as np
+
+from data_shards.manifest import MANIFEST, DatasetManifest, SplitEntry
+from data_shards.pack import Sequence
+from data_shards.row_counts import write_counts
+from data_shards.shard_writer import write_shards
+from data_shards.storage import Storage
+
+
+def random_packs(num_rows: int, seq_len: int, seed: int = 0, *, full: bool = False) -> list[list[Sequence]]:
+    """Packs of one to four sequences; without ``full`` most have some room left."""
+    rng = np.random.default_rng(seed)
+    packs = []
+    for _ in range(num_rows):
+        tokens = seq_len if full else int(rng.integers(8, seq_len + 1))
+        cuts = np.sort(rng.choice(np.arange(2, tokens - 1), size=int(rng.integers(0, 4)), replace=False))
+        lengths = np.diff([0, *cuts, tokens])
+        packs.append(
+            [Sequence(rng.integers(0, 32_000, n).astype(np.int32), rng.integers(0, 2, n).astype(bool)) for n in lengths]
+        )
+    return packs
+
+
+def write_dataset(location: Storage, packs: list[list[Sequence]], seq_len: int, shard_tokens: int) -> DatasetManifest:
+    """One split, ``train``, committed."""
+    shards = tuple(write_shards(location, "train", packs, shard_tokens))
+    counts = [sum(sequence.num_targets for sequence in pack) for pack in packs]
+    values: dict[str, Any] = {
+        "shards": shards,
+        "rows": len(packs),
+        "records": sum(map(len, packs)),
+        "tokens": sum(len(sequence.input_ids) for pack in packs for sequence in pack),
+        "trained_tokens": sum(counts),
+    }
+    if "counts" in {field.name for field in fields(SplitEntry)}:
+        values["counts"] = write_counts(location, "train", counts)
+    manifest = DatasetManifest("0" * 32, seq_len, {"train": SplitEntry(**values)})
+    location.write(MANIFEST, [manifest.to_bytes()])
+    return manifest
