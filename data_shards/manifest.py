@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_shards import signed_json
 from data_shards.errors import CorruptFile
+from data_shards.mixture import SourceRows
 from data_shards.storage import FileEntry
 
 KIND = "baton-dataset"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
+_PLAIN = ("rows", "records", "tokens", "trained_tokens", "dropped", "truncated")
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     file: FileEntry
+    rows: int
+
+
+class SourceEntry(NamedTuple):
+    """Rows of a source are contiguous, in the order in which a split lists its sources."""
+
+    name: str
     rows: int
 
 
@@ -26,9 +36,20 @@ class SplitEntry:
     rows: int
     """packs"""
     records: int
+    """that were read for it, dropped ones included"""
     tokens: int
     trained_tokens: int
-    dropped_too_long: int = 0
+    dropped: dict[str, int]
+    """records that were left out, by reason"""
+    truncated: int
+    """records"""
+    sources: tuple[SourceEntry, ...]
+    counts: FileEntry
+    """the trained tokens of each row, in one small file"""
+
+    def source_rows(self, weights: Mapping[str, float]) -> tuple[SourceRows, ...]:
+        """For the sampler. Weights are no part of a dataset, so they can change without preparing again."""
+        return tuple(SourceRows(source.name, source.rows, weights.get(source.name)) for source in self.sources)
 
 
 @dataclass(frozen=True)
@@ -42,10 +63,7 @@ class DatasetManifest:
 
     def to_bytes(self) -> bytes:
         payload = asdict(self)
-        for name, split in self.splits.items():
-            payload["splits"][name]["shards"] = [
-                {"file": shard.file.to_json(), "rows": shard.rows} for shard in split.shards
-            ]
+        payload["splits"] = {name: split_to_json(split) for name, split in self.splits.items()}
         return signed_json.encode(payload, KIND, VERSION)
 
     @classmethod
@@ -53,17 +71,33 @@ class DatasetManifest:
         """Raises CorruptFile unless it is whole, ours, of a known version, and names only files beside itself."""
         body = signed_json.decode(data, KIND, VERSION, where)
         try:
-            splits = {
-                name: SplitEntry(
-                    **split
-                    | {
-                        "shards": tuple(
-                            ShardEntry(FileEntry.from_json(s["file"], where), s["rows"]) for s in split["shards"]
-                        )
-                    }
-                )
-                for name, split in body["splits"].items()
-            }
+            splits = {name: split_from_json(split, where) for name, split in body["splits"].items()}
             return cls(**body | {"splits": splits})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptFile(f"{where}: a field is missing or of the wrong type ({error})") from error
+
+
+def shards_to_json(shards: Iterable[ShardEntry]) -> list[dict[str, Any]]:
+    return [{"file": shard.file.to_json(), "rows": shard.rows} for shard in shards]
+
+
+def shards_from_json(value: list[dict[str, Any]], where: str) -> tuple[ShardEntry, ...]:
+    return tuple(ShardEntry(FileEntry.from_json(shard["file"], where), shard["rows"]) for shard in value)
+
+
+def split_to_json(split: SplitEntry) -> dict[str, Any]:
+    return {
+        **{name: getattr(split, name) for name in _PLAIN},
+        "sources": [source._asdict() for source in split.sources],
+        "counts": split.counts.to_json(),
+        "shards": shards_to_json(split.shards),
+    }
+
+
+def split_from_json(value: dict[str, Any], where: str) -> SplitEntry:
+    return SplitEntry(
+        **{name: value[name] for name in _PLAIN},
+        sources=tuple(SourceEntry(**source) for source in value["sources"]),
+        counts=FileEntry.from_json(value["counts"], where),
+        shards=shards_from_json(value["shards"], where),
+    )

@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import chain
 from typing import Any
-
-import numpy as np
 
 from data_shards import manifest as manifests
 from data_shards import signed_json
-from data_shards.config import DataConfig, TooLong
-from data_shards.encode import Encoded, Encoder
+from data_shards.audit_batch import TokenizerFacts
+from data_shards.batch_encoder import BatchEncoder, BatchJob, DropReason, EncodedBatch, audit_limits, records_by_split
+from data_shards.config import DataConfig
+from data_shards.dataset_audit import check_audit, write_audit
+from data_shards.encode import Encoder
 from data_shards.errors import CorruptFile, DataError
-from data_shards.manifest import DatasetManifest, SplitEntry
-from data_shards.pack import Sequence
-from data_shards.packing import best_fit
-from data_shards.records import Record, read_records
+from data_shards.manifest import DatasetManifest, SourceEntry, SplitEntry
+from data_shards.processes import ordered_map
+from data_shards.record import Record
+from data_shards.records import source_batches
+from data_shards.row_counts import write_counts
 from data_shards.sampler import SAMPLER_VERSION
 from data_shards.shard_reader import read_dataset_manifest
-from data_shards.shard_writer import write_shards
-from data_shards.storage import Storage, content_hash, sha256
+from data_shards.source_config import SourceConfig
+from data_shards.source_files import SourceFile
+from data_shards.sources import content_identity, resolve
+from data_shards.splits import TRAIN, VALIDATION
+from data_shards.storage import Storage, sha256
+from data_shards.windows import (
+    FOLDER,
+    Receipt,
+    Task,
+    WindowWriter,
+    all_receipts,
+    jobs_of,
+    plan_tasks,
+    read_receipts,
+)
 
-TRAIN, VALIDATION = "train", "validation"
+__all__ = ["TRAIN", "VALIDATION", "Prepared", "prepare"]
+
+TEST = "test"
 _OPTIONS = (
     "validation_fraction",
-    "format",
-    "columns",
+    "split",
     "seq_len",
+    "packing",
+    "order",
     "too_long",
+    "cleaning",
     "require_stop_token",
     "max_shard_tokens",
 )
+_OF_A_SOURCE = ("name", "format", "columns", "limit", "label_names", "prompt_template")
+_BYTES_PER_PROCESS = 16 << 20
+"""Of source, before another process pays for its start, some three seconds."""
+_TELL_EVERY_S = 10.0
+
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -41,18 +70,37 @@ class Prepared:
     manifest: DatasetManifest
 
 
-def fingerprint_parts(config: DataConfig, encoder: Encoder) -> dict[str, Any]:
-    """Everything that the packs and their order depend on."""
-    options = config.model_dump(mode="json", include=set(_OPTIONS))
-    sources = {
-        name: content_hash([_existing(path)])
-        for name, path in ((TRAIN, config.train), (VALIDATION, config.validation))
-        if path is not None
-    }
+class Corpus:
+    """The sources of a configuration with their files, looked up once."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.sources: list[tuple[str, SourceConfig, tuple[SourceFile, ...]]] = [
+            (role, source, resolve(source)) for role, sources in config.sources().items() for source in sources
+        ]
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What is in the sources, and how it is read. Paths are no part of it."""
+        return [
+            {
+                "role": role,
+                **source.model_dump(mode="json", include=set(_OF_A_SOURCE)),
+                "content": [content_identity(file) for file in files],
+            }
+            for role, source, files in self.sources
+        ]
+
+    def size(self) -> int:
+        """Bytes."""
+        return sum(file.size for _, _, files in self.sources for file in files)
+
+
+def fingerprint_parts(config: DataConfig, encoder: Encoder, corpus: Corpus | None = None) -> dict[str, Any]:
+    """Everything that the packs and their order depend on. Weights of sources are not in it: shards stay the same."""
+    own = {template: each.identity()["template"] for template, each in _encoders(config, encoder).items() if template}
     return {
-        "sources": sources,
-        "encoding": encoder.identity(),
-        "options": options,
+        "sources": (corpus or Corpus(config)).identity(),
+        "encoding": encoder.identity() | {"own_templates": sorted(own.values())},
+        "options": config.model_dump(mode="json", include=set(_OPTIONS)),
         "format_version": manifests.VERSION,
         "sampler_version": SAMPLER_VERSION,
     }
@@ -62,99 +110,195 @@ def fingerprint_of(parts: dict[str, Any]) -> str:
     return sha256(signed_json.canonical(parts))[:32]
 
 
-def _existing(path: str) -> Path:
-    if not Path(path).is_file():
-        raise DataError(
-            f"{path}: no such file. Check data.train and data.validation; paths are relative to where you run"
-        )
-    return Path(path)
+def _encoders(config: DataConfig, encoder: Encoder) -> dict[str | None, Encoder]:
+    """By a source's own chat template; None: it has none."""
+    templates = {source.chat_template for sources in config.sources().values() for source in sources}
+    return {None: encoder} | {path: encoder.with_template(path) for path in sorted(filter(None, templates))}
 
 
-def prepare(
-    config: DataConfig, encoder: Encoder, root: Storage, *, report: Callable[[str], None] = lambda line: None
-) -> Prepared:
-    """Make ``<root>/<fingerprint>`` hold the dataset, unless it does already.
+def prepare(config: DataConfig, encoder: Encoder, root: Storage, *, report: Report = lambda line: None) -> Prepared:
+    """Make ``<root>/<fingerprint>`` hold the dataset, unless it does already. Killed, it goes on where it was.
 
     Raises DataError with file and line for anything that can't be used.
     """
-    parts = fingerprint_parts(config, encoder)
+    corpus = Corpus(config)
+    parts = fingerprint_parts(config, encoder, corpus)
     fingerprint = fingerprint_of(parts)
     location = root.child(fingerprint)
+    with _alone(root, fingerprint, report):
+        found = _already(location, report)
+        if found is None:
+            location.remove_leftovers()
+            written = _write_windows(config, encoder, location, corpus, report)
+            splits = _splits(config, location, written, report)
+            write_audit(location, (receipt.audit for _, receipt in written), splits, config.seq_len, encoder)
+            found = Prepared(location, DatasetManifest(fingerprint, config.seq_len, splits, parts))
+            location.write(manifests.MANIFEST, [found.manifest.to_bytes()])
+            report(f"data: prepared at {location.uri}")
+            check_audit(location, config.audit, report, tell=True)
+        else:
+            check_audit(location, config.audit, report, tell=False)
+        _remove_receipts(location)
+    return found
+
+
+def _already(location: Storage, report: Report) -> Prepared | None:
     try:
         found = Prepared(location, read_dataset_manifest(location))
         report(f"data: already prepared at {location.uri}")
         return found
     except FileNotFoundError:
-        pass
+        return None
     except CorruptFile as error:
         report(f"data: prepared again, because {error}")
-    splits = {name: _prepare_split(config, encoder, location, name, report) for name in _split_names(config)}
+        return None
+
+
+def _remove_receipts(location: Storage) -> None:
+    if location.list(FOLDER):
+        location.delete_tree(FOLDER)
+
+
+@contextmanager
+def _alone(root: Storage, fingerprint: str, report: Report) -> Iterator[None]:
+    """Where the storage is a file system: one process at a time prepares a dataset, others wait and find it done."""
+    if root.local_path is None:
+        yield  # An object store shows whole objects only, and all writers write the same.
+        return
+    root.local_path.mkdir(parents=True, exist_ok=True)
+    with (root.local_path / f".{fingerprint}.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            report("data: another process prepares the same dataset; waiting for it")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_windows(
+    config: DataConfig, encoder: Encoder, location: Storage, corpus: Corpus, report: Report
+) -> list[tuple[Task, Receipt]]:
+    tasks = plan_tasks(corpus.sources)
+    receipts = read_receipts(location, audit_limits(config))
+    if kept := sum(map(len, receipts.values())):
+        report(f"data: going on after {kept} finished parts")
+    write_tasks(tasks, config, encoder, location, receipts, processes=_processes(config, corpus.size()), report=report)
+    return list(all_receipts(receipts, tasks))
+
+
+def _processes(config: DataConfig, size: int) -> int:
+    return config.processes or max(1, min(os.cpu_count() or 1, size // _BYTES_PER_PROCESS))
+
+
+def write_tasks(
+    tasks: Sequence[Task],
+    config: DataConfig,
+    encoder: Encoder,
+    location: Storage,
+    receipts: dict[int, list[Receipt]],
+    *,
+    processes: int,
+    report: Report = lambda line: None,
+) -> None:
+    """Write the windows of these tasks that have no receipt yet; ``receipts`` gets theirs."""
+    work = BatchEncoder(config, _encoders(config, encoder), TokenizerFacts.of(encoder.tokenizer, encoder.stops))
+    writer = WindowWriter(location, config, receipts)
+    jobs = chain.from_iterable(jobs_of(task, receipts.get(task.number, [])) for task in tasks)
+    progress = _Progress(report)
+    for encoded in ordered_map(work, jobs, processes):
+        writer.add(encoded)
+        progress.add(encoded)
+    writer.finish()
+
+
+class _Progress:
+    """A line every ten seconds: preparing may take hours."""
+
+    def __init__(self, report: Report) -> None:
+        self._report = report
+        self._began = self._told = time.monotonic()
+        self._tokens = self._records = 0
+
+    def add(self, encoded: EncodedBatch) -> None:
+        self._records += sum(part.num_records for part in encoded.splits.values())
+        self._tokens += sum(len(part.input_ids) for part in encoded.splits.values())
+        now = time.monotonic()
+        if now - self._told >= _TELL_EVERY_S:
+            self._told = now
+            speed = self._tokens / (now - self._began)
+            where = encoded.job.source_batch.batch.path
+            self._report(f"data: {self._records:,} records, {self._tokens:,} tokens, {speed:,.0f} tok/s; at {where}")
+
+
+def _splits(
+    config: DataConfig, location: Storage, written: list[tuple[Task, Receipt]], report: Report
+) -> dict[str, SplitEntry]:
+    """Raises DataError where nothing is left to train on."""
+    asked = {TRAIN: True, VALIDATION: config.holds_out, TEST: bool(config.test)}
+    splits = {name: _split_entry(config, location, name, written, report) for name, wanted in asked.items() if wanted}
     if splits[TRAIN].rows == 0:
+        dropped = ", ".join(f"{count} {reason}" for reason, count in splits[TRAIN].dropped.items()) or "none"
         raise DataError(
-            f"{config.train}: no record is left to train on: {splits[TRAIN].dropped_too_long} were longer than "
-            f"data.seq_len={config.seq_len}, the rest went to validation"
+            f"{config.train[0].path}: no record is left to train on (dropped: {dropped}; data.seq_len="
+            f"{config.seq_len}); the rest went to validation"
         )
-    result = DatasetManifest(fingerprint, config.seq_len, splits, parts)
-    location.write(manifests.MANIFEST, [result.to_bytes()])
-    report(f"data: prepared at {location.uri}")
-    return Prepared(location, result)
+    return splits
 
 
-def _split_names(config: DataConfig) -> list[str]:
-    return [TRAIN, VALIDATION] if config.validation or config.validation_fraction else [TRAIN]
+def _split_entry(
+    config: DataConfig, location: Storage, name: str, written: list[tuple[Task, Receipt]], report: Report
+) -> SplitEntry:
+    found = [(task, receipt.splits[name]) for task, receipt in written if name in receipt.splits]
+    windows = [window for _, window in found]
+    counts = [count for window in windows for count in window.row_counts]
+    rows: dict[str, int] = {}
+    dropped: dict[str, int] = {}
+    for task, window in found:
+        rows[task.source.name] = rows.get(task.source.name, 0) + len(window.row_counts)
+        for reason, number in window.dropped.items():
+            dropped[reason] = dropped.get(reason, 0) + number
+    entry = SplitEntry(
+        shards=tuple(shard for window in windows for shard in window.shards),
+        rows=len(counts),
+        records=sum(window.records for window in windows),
+        tokens=sum(window.tokens for window in windows),
+        trained_tokens=sum(counts),
+        dropped=dropped,
+        truncated=sum(window.truncated for window in windows),
+        sources=tuple(SourceEntry(*item) for item in rows.items()),
+        counts=write_counts(location, name, counts),
+    )
+    _tell(config, name, entry, report)
+    return entry
+
+
+def _tell(config: DataConfig, name: str, entry: SplitEntry, report: Report) -> None:
+    if entry.rows:
+        report(
+            f"data: {name}: {entry.records:,} records, {entry.rows:,} packs of {config.seq_len} "
+            f"({entry.tokens / entry.rows / config.seq_len:.1%} full), {entry.tokens:,} tokens, "
+            f"{entry.trained_tokens / entry.tokens:.1%} trained"
+        )
+    if dropped := entry.dropped.get(DropReason.TOO_LONG):
+        report(
+            f"data: {name}: DROPPED {dropped:,} of {entry.records:,} records longer than data.seq_len="
+            f"{config.seq_len}; raise it to keep them, or set data.too_long=truncate, or error to be stopped"
+        )
+    for reason in (DropReason.FILTERED, DropReason.DUPLICATE):
+        if number := entry.dropped.get(reason):
+            report(f"data: {name}: left out {number:,} of {entry.records:,} records ({reason.value}; data.cleaning)")
+    if entry.truncated:
+        report(f"data: {name}: cut {entry.truncated:,} of {entry.records:,} records to data.seq_len={config.seq_len}")
+
+
+def num_records(config: DataConfig) -> int:
+    """Rows of the training sources, held-out ones included; they are cut into batches, not parsed."""
+    return sum(each.num_rows for source in config.sources()[TRAIN] for each in source_batches(source))
 
 
 def records_of(config: DataConfig, split: str) -> Iterator[Record]:
-    """The records of one split, in the file's order."""
-    path = config.validation if split == VALIDATION and config.validation else config.train
-    for record in read_records(path, config.format, config.columns):
-        held_out = record.split_position() < config.validation_fraction
-        if not config.validation_fraction or held_out == (split == VALIDATION):
-            yield record
-
-
-def _fit(config: DataConfig, encoded: Encoded) -> list[Sequence]:
-    """The sequence, its pieces (plain text), or nothing, where it is longer than a pack."""
-    sequence, limit = encoded.sequence, config.seq_len
-    if len(sequence.input_ids) <= limit:
-        return [sequence]
-    if encoded.record.text is not None:
-        cuts = list(range(limit, len(sequence.input_ids), limit))
-        if cuts[-1] == len(sequence.input_ids) - 1:
-            cuts[-1] -= 1  # Alone in its piece, the last token (mostly the stop token) would never be predicted.
-        return list(map(Sequence, np.split(sequence.input_ids, cuts), np.split(sequence.trained, cuts)))
-    if config.too_long == TooLong.ERROR:
-        raise encoded.record.error(
-            f"{len(sequence.input_ids)} tokens, more than data.seq_len={limit}; raise it, shorten the record, or set "
-            "data.too_long=drop"
-        )
-    return []
-
-
-def _prepare_split(
-    config: DataConfig, encoder: Encoder, location: Storage, split: str, report: Callable[[str], None]
-) -> SplitEntry:
-    sequences: list[Sequence] = []
-    records = dropped = 0
-    for encoded in encoder.encode(records_of(config, split)):
-        pieces = _fit(config, encoded)
-        sequences += pieces
-        records += 1
-        dropped += not pieces
-    packs = best_fit(np.array([len(s.input_ids) for s in sequences], np.int64), config.seq_len)
-    shards = tuple(
-        write_shards(location, split, ([sequences[i] for i in pack] for pack in packs), config.max_shard_tokens)
-    )
-    tokens = sum(len(s.input_ids) for s in sequences)
-    trained = sum(s.num_targets for s in sequences)
-    if packs:
-        report(
-            f"data: {split}: {records:,} records, {len(packs):,} packs of {config.seq_len} "
-            f"({tokens / len(packs) / config.seq_len:.1%} full), {tokens:,} tokens, {trained / tokens:.1%} trained"
-        )
-    if dropped:
-        report(
-            f"data: {split}: DROPPED {dropped:,} of {records:,} records longer than data.seq_len={config.seq_len}; "
-            "raise it to keep them, or set data.too_long=error to be stopped"
-        )
-    return SplitEntry(shards, len(packs), records, tokens, trained, dropped)
+    """The records of one split, in the sources' order, cleaned."""
+    for role, sources in config.sources().items():
+        for source in sources:
+            for source_batch in source_batches(source):
+                yield from records_by_split(BatchJob(0, role, source_batch), config).get(split, [])

@@ -2,73 +2,190 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Iterable
+from itertools import accumulate
+from pathlib import PurePosixPath
+
 import numpy as np
 import pyarrow as pa
 
 from data_shards.errors import CorruptFile
 from data_shards.manifest import MANIFEST, DatasetManifest, ShardEntry
 from data_shards.pack import Pack
-from data_shards.shard_writer import ROWS_PER_BATCH, SCHEMA
-from data_shards.storage import Storage, VerifiedReader
+from data_shards.prefetch import Prefetcher
+from data_shards.row_counts import read_counts
+from data_shards.shard_cache import ShardCache
+from data_shards.shard_file import Batch, ShardFile, map_file
+from data_shards.shard_writer import ROWS_PER_BATCH
+from data_shards.storage import Storage
+
+log = logging.getLogger(__name__)
+
+_RETRY_PAUSES_S = (0.1, 0.4)
+_PREFETCH_THREADS = 4
+"""Downloads at once."""
 
 
 def read_dataset_manifest(dataset: Storage) -> DatasetManifest:
     """Raises FileNotFoundError where nothing was prepared, CorruptFile where the manifest is not whole."""
-    return DatasetManifest.from_bytes(dataset.read(MANIFEST), f"{dataset.uri}/{MANIFEST}")
+    return DatasetManifest.from_bytes(dataset.read(MANIFEST), dataset.uri_of(MANIFEST))
 
 
 class SplitReader:
-    """One split of a prepared dataset; verified against the manifest's hashes when it is opened.
+    """One split of a prepared dataset. Opening it checks the sizes of its shards; what is in them is verified against
+    the manifest's hashes where it is first touched.
 
-    Raises CorruptFile, naming the shard, where a file is missing, cut off or changed.
+    A dataset that is not on this machine is read through ``cache``, by default the node's own.
+
+    Raises:
+        CorruptFile: naming the shard, where a file is missing, cut off or changed and stays so when tried again.
+        OSError: the storage does not answer.
     """
 
-    def __init__(self, dataset: Storage, manifest: DatasetManifest, split: str) -> None:
+    def __init__(
+        self, dataset: Storage, manifest: DatasetManifest, split: str, cache: ShardCache | None = None
+    ) -> None:
         entry = manifest.splits[split]
-        try:
-            self._batches = [_open_shard(dataset, shard) for shard in entry.shards]
-        except CorruptFile as error:
-            raise CorruptFile(
-                f"{error}. To prepare the dataset anew, delete {dataset.uri} and run the same command again"
-            ) from error
-        self._first_row = np.cumsum([0, *(shard.rows for shard in entry.shards)])
+        self._dataset = dataset
+        self._shards = entry.shards
+        self._cache = cache if cache or dataset.local_path else ShardCache.default()
+        self._first_row = list(accumulate((shard.rows for shard in entry.shards), initial=0))
+        self._files: list[ShardFile | None] = [None] * len(entry.shards)
+        self._locks = [threading.Lock() for _ in entry.shards]
+        self._ahead = Prefetcher(self._read_ahead, _PREFETCH_THREADS)
         self.num_rows = entry.rows
-        counts = [batch.column("num_trained").to_numpy() for shard in self._batches for batch in shard]
-        self._num_trained = np.concatenate([np.zeros(0, np.int32), *counts])
-        if self._first_row[-1] != entry.rows or int(self._num_trained.sum()) != entry.trained_tokens:
+        self.seconds_waited = 0.0
+        """that callers of ``pack`` spent on shards that were not ready"""
+        self._check_sizes()
+        self._counts = read_counts(dataset, entry.counts)
+        found = (self._first_row[-1], len(self._counts), int(self._counts.sum(dtype=np.int64)))
+        if found != (entry.rows, entry.rows, entry.trained_tokens):
             raise CorruptFile(f"{dataset.uri}: the shards of split {split!r} do not add up to what the manifest says")
+
+    def _check_sizes(self) -> None:
+        folders = {str(PurePosixPath(shard.file.path).parent).removeprefix(".") for shard in self._shards}
+        sizes = {
+            str(PurePosixPath(folder) / name): size
+            for folder in folders
+            for name, size in self._dataset.sizes(folder).items()
+        }
+        try:
+            for shard in self._shards:
+                shard.file.check_size(sizes.get(shard.file.path), self._dataset.uri_of(shard.file.path))
+        except CorruptFile as error:
+            raise self._with_advice(error) from error
+
+    def _with_advice(self, error: CorruptFile) -> CorruptFile:
+        return CorruptFile(
+            f"{error}. To prepare the dataset anew, delete {self._dataset.uri} and run the same command again"
+        )
 
     def pack(self, row: int) -> Pack:
         """The pack with this id, as views of the mapped file."""
-        shard = int(np.searchsorted(self._first_row, row, side="right")) - 1
-        batch, index = divmod(row - int(self._first_row[shard]), ROWS_PER_BATCH)
-        columns = self._batches[shard][batch]
-        return Pack(*(_list_item(columns.column(i), index) for i in range(3)))
-
-    def largest_token_id(self) -> int:
-        """Over the whole split; -1 where it holds nothing."""
-        ids = [batch.column("input_ids").values.to_numpy() for shard in self._batches for batch in shard]
-        return max((int(part.max()) for part in ids if part.size), default=-1)
+        if not 0 <= row < self.num_rows:
+            raise IndexError(f"row {row} of a split of {self.num_rows}")
+        # _place and _ready, written out: this is the path of every row, and two calls are a third of its time.
+        shard = bisect_right(self._first_row, row) - 1
+        batch, index = divmod(row - self._first_row[shard], ROWS_PER_BATCH)
+        file = self._files[shard]
+        found = None if file is None else file.batches[batch]
+        if found is None or self._ahead.failure is not None:
+            found = self._wait_for(shard, batch)
+        return found.pack(index)
 
     def num_trained(self, rows: np.ndarray) -> int:
         """Trained tokens in these rows together."""
-        return int(self._num_trained[rows].sum())
+        return int(self._counts[rows].sum(dtype=np.int64))
 
+    def largest_token_id(self) -> int:
+        """Over the whole split, so all of it is read; -1 where it holds nothing."""
+        places = [
+            (shard, batch)
+            for shard, entry in enumerate(self._shards)
+            for batch in range(-(-entry.rows // ROWS_PER_BATCH))
+        ]
+        return max((int(self._wait_for(*place).input_ids.max()) for place in places), default=-1)
 
-def _list_item(column: pa.ListArray, index: int) -> np.ndarray:
-    start, stop = column.offsets[index].as_py(), column.offsets[index + 1].as_py()
-    return column.values.slice(start, stop - start).to_numpy(zero_copy_only=True)
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Have the packs of these rows fetched and verified in the background, in this order.
 
+        Call it some steps ahead; rows that are ready cost next to nothing. Raises what stopped the background, if
+        anything did.
+        """
+        places = dict.fromkeys(self._place(int(row))[:2] for row in rows)
+        if self._cache is not None:
+            for shard in {shard for shard, _ in places}:
+                self._cache.touch(self._shards[shard].file)  # so that making room spares what is needed next
+        self._ahead.add(place for place in places if self._ready(*place) is None)
 
-def _open_shard(dataset: Storage, shard: ShardEntry) -> list[pa.RecordBatch]:
-    reader = VerifiedReader(dataset, shard.file)
-    reader.verify_all()
-    where = f"{dataset.uri}/{shard.file.path}"
-    try:
-        file = pa.ipc.open_file(dataset.open(shard.file.path))
-        batches = [file.get_batch(i) for i in range(file.num_record_batches)]
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorruptFile(f"{where}: not an Arrow file ({error})") from error
-    if not file.schema.equals(SCHEMA) or sum(b.num_rows for b in batches) != shard.rows:
-        raise CorruptFile(f"{where}: its columns or its number of rows are not what the manifest says")
-    return batches
+    def _place(self, row: int) -> tuple[int, int, int]:
+        """Shard, record batch in it, row in that."""
+        shard = bisect_right(self._first_row, row) - 1
+        return shard, *divmod(row - self._first_row[shard], ROWS_PER_BATCH)
+
+    def _ready(self, shard: int, batch: int) -> Batch | None:
+        file = self._files[shard]
+        return None if file is None else file.batches[batch]
+
+    def _wait_for(self, shard: int, batch: int) -> Batch:
+        started = time.perf_counter()
+        self._ahead.check()
+        try:
+            return self._load(shard, batch)
+        finally:
+            self.seconds_waited += time.perf_counter() - started
+
+    def _read_ahead(self, place: tuple[int, int]) -> None:
+        self._load(*place)
+
+    def _load(self, shard: int, batch: int) -> Batch:
+        """A record batch, fetched and verified; a shard that is not as it should be is fetched again."""
+        for pause in _RETRY_PAUSES_S:
+            try:
+                return self._load_once(shard, batch)
+            except CorruptFile as error:
+                log.warning("%s; trying again", error)
+                time.sleep(pause)
+        try:
+            return self._load_once(shard, batch)
+        except CorruptFile as error:
+            raise self._with_advice(error) from error
+
+    def _load_once(self, shard: int, batch: int) -> Batch:
+        with self._locks[shard]:
+            try:
+                file = self._files[shard]
+                if file is None:
+                    file = self._files[shard] = self._open(self._shards[shard])
+                return file.load(batch)
+            except CorruptFile:
+                self._files[shard] = None
+                if self._cache is not None:
+                    self._cache.drop(self._shards[shard].file)
+                raise
+
+    def _open(self, shard: ShardEntry) -> ShardFile:
+        where = self._dataset.uri_of(shard.file.path)
+        if self._cache is None:
+            return ShardFile(self._map_local(shard, where), shard, where)
+        self._release_evicted()
+        return ShardFile(self._cache.open(self._dataset, shard.file), shard, where)
+
+    def _map_local(self, shard: ShardEntry, where: str) -> pa.Buffer:
+        assert self._dataset.local_path is not None
+        try:
+            return map_file(self._dataset.local_path / shard.file.path)
+        except FileNotFoundError:
+            shard.file.check_size(None, where)
+            raise
+
+    def _release_evicted(self) -> None:
+        """Let go of shards whose file was evicted: only then does their disk space come free."""
+        assert self._cache is not None
+        for index, file in enumerate(self._files):
+            if file is not None and not self._cache.holds(self._shards[index].file):
+                self._files[index] = None

@@ -53,17 +53,17 @@ def _shard_bytes(packs: list[list[Sequence]]) -> pa.Buffer:
 
 
 def write_shards(
-    storage: Storage, split: str, packs: Iterable[list[Sequence]], max_shard_tokens: int
+    storage: Storage, stem: str, packs: Iterable[list[Sequence]], max_shard_tokens: int, *, first: int = 0
 ) -> Iterator[ShardEntry]:
-    """Write ``<split>-00000.arrow`` and so on, and yield their manifest entries."""
+    """Write ``<stem>-00000.arrow`` (or from number ``first`` on) and so on, and yield their manifest entries."""
     pending: list[list[Sequence]] = []
-    tokens = number = 0
+    tokens, number = 0, first
     for pack in packs:
         size = sum(len(sequence.input_ids) for sequence in pack)
         if pending and tokens + size > max_shard_tokens:
-            yield ShardEntry(storage.write(f"{split}-{number:05d}.arrow", [_shard_bytes(pending)]), len(pending))
+            yield ShardEntry(storage.write(f"{stem}-{number:05d}.arrow", [_shard_bytes(pending)]), len(pending))
             pending, tokens, number = [], 0, number + 1
         pending.append(pack)
         tokens += size
     if pending:
-        yield ShardEntry(storage.write(f"{split}-{number:05d}.arrow", [_shard_bytes(pending)]), len(pending))
+        yield ShardEntry(storage.write(f"{stem}-{number:05d}.arrow", [_shard_bytes(pending)]), len(pending))

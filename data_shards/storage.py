@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ import pyarrow.fs as pafs
 import xxhash
 
 from data_shards.errors import BadInput, CorruptFile
+from data_shards.retry import ONE_MINUTE, Patience, Result, with_retries
 
 BLOCK_BYTES = 8 * 1024 * 1024
 """Hashes are kept per block, so that a reader verifies just the blocks that it touches."""
+
+_LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.probe-[0-9a-f]{32}")
+"""What a writer, or a check of whether one may write, leaves when it is killed."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,25 @@ class FileEntry:
         if not path or path.startswith("/") or "\\" in path or ".." in path.split("/") or ":" in path:
             raise CorruptFile(f"{where}: names the file {path!r}, outside its own directory; it is not one of ours")
         return cls(path, int(value["size"]), tuple(map(str, value["block_hashes"])))
+
+    def block_bounds(self, block: int) -> tuple[int, int]:
+        """Bytes ``[start, stop)`` of a block."""
+        start = block * BLOCK_BYTES
+        return start, min(start + BLOCK_BYTES, self.size)
+
+    def check_block(self, block: int, data: Any, where: str) -> None:
+        """Raises CorruptFile, naming ``where``, unless ``data`` (bytes-like) is this block."""
+        if xxhash.xxh3_128(data).hexdigest() != self.block_hashes[block]:
+            start, stop = self.block_bounds(block)
+            raise CorruptFile(f"{where}: block {block} (bytes {start}-{stop}) does not match its hash")
+
+    def check_size(self, size: int | None, where: str) -> None:
+        """Raises CorruptFile, naming ``where``, unless the file is as large as it should be (None: there is none)."""
+        if size != self.size:
+            problem = "missing" if size is None else f"{size} bytes"
+            raise CorruptFile(f"{where}: {problem}, its manifest says {self.size}")
+        if len(self.block_hashes) != -(-self.size // BLOCK_BYTES):
+            raise CorruptFile(f"{where}: its manifest lists {len(self.block_hashes)} block hashes, too few or many")
 
 
 class BlockHasher:
@@ -73,28 +97,37 @@ class BlockHasher:
 
 @dataclass(frozen=True)
 class Storage:
-    """A folder in some filesystem. Paths given to its methods are relative, with ``/``."""
+    """A folder in some filesystem. Paths given to its methods are relative, with ``/``.
+
+    What fails for a moment (a server that is overloaded, a connection that breaks) is tried again for a minute.
+    """
 
     uri: str
     _filesystem: pafs.FileSystem = field(repr=False, compare=False)
     _base: str
+    _patience: Patience = field(default=ONE_MINUTE, repr=False, compare=False)
 
     @classmethod
-    def at(cls, uri: str | Path) -> Storage:
+    def at(cls, uri: str | Path, patience: Patience = ONE_MINUTE) -> Storage:
         """Raises BadInput for a scheme that is not known or a path that is not absolute."""
         uri = str(uri)
         if "://" not in uri:
             if not os.path.isabs(uri):  # noqa: PTH117 - a string that may also be a URI
                 raise BadInput(f"storage path {uri!r} is relative; by here it must have been resolved")
-            return cls(uri, pafs.LocalFileSystem(), uri)
+            return cls(uri, pafs.LocalFileSystem(), uri, patience)
         try:
             filesystem, base = pafs.FileSystem.from_uri(uri)
         except (pa.ArrowInvalid, OSError) as error:
             raise BadInput(f"storage {uri!r} can't be used: {error}. Give a path, s3://… or gs://…") from error
-        return cls(uri, filesystem, base)
+        return cls(uri, filesystem, base, patience)
 
     def child(self, relative: str) -> Storage:
-        return Storage(f"{self.uri.rstrip('/')}/{relative}", self._filesystem, self._full(relative))
+        return Storage(self.uri_of(relative), self._filesystem, self._full(relative), self._patience)
+
+    def uri_of(self, relative: str) -> str:
+        """The full name of something in here; a store's options (``s3://…?endpoint_override=…``) stay at its end."""
+        place, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        return f"{place.rstrip('/')}/{relative}{mark}{options}"
 
     @property
     def local_path(self) -> Path | None:
@@ -103,6 +136,10 @@ class Storage:
 
     def _full(self, relative: str) -> str:
         return f"{self._base.rstrip('/')}/{relative}" if relative else self._base
+
+    def retrying(self, action: Callable[[], Result], verb: str, relative: str) -> Result:
+        """``action``, again while it fails in a way that may pass; ``verb`` and ``relative`` are for the log."""
+        return with_retries(action, f"{verb} {self.uri_of(relative)}", self._patience)
 
     def check_writable(self) -> None:
         """Write and remove a small file. Raises BadInput with the reason."""
@@ -120,26 +157,29 @@ class Storage:
         """Write one whole file from bytes-like chunks, and hash it on the way.
 
         If ``chunks`` raises, nothing becomes visible on a local path; an object store may show a truncated object,
-        which no manifest names.
+        which no manifest names. An upload that breaks begins again if ``chunks`` can be iterated again (a list can, a
+        generator can't).
         """
+        if self.local_path is not None:
+            return self._write_local(self.local_path / relative, relative, chunks)
+        if iter(chunks) is chunks:
+            return self._upload(relative, chunks)
+        return self.retrying(lambda: self._upload(relative, chunks), "writing", relative)
+
+    def _upload(self, relative: str, chunks: Iterable[Any]) -> FileEntry:
         hasher = BlockHasher()
-        local = self.local_path
-        if local is None:
-            with self._filesystem.open_output_stream(self._full(relative)) as stream:
-                for chunk in chunks:
-                    view = memoryview(chunk).cast("B")
-                    hasher.update(view)
-                    stream.write(view)
-            return FileEntry(relative, hasher.size, hasher.hashes())
-        target = local / relative
+        with self._filesystem.open_output_stream(self._full(relative)) as stream:
+            _copy(chunks, hasher, stream.write)
+        return FileEntry(relative, hasher.size, hasher.hashes())
+
+    @staticmethod
+    def _write_local(target: Path, relative: str, chunks: Iterable[Any]) -> FileEntry:
+        hasher = BlockHasher()
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             with aside.open("wb") as file:
-                for chunk in chunks:
-                    view = memoryview(chunk).cast("B")
-                    hasher.update(view)
-                    file.write(view)
+                _copy(chunks, hasher, file.write)
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(target)
@@ -152,36 +192,64 @@ class Storage:
     def read(self, relative: str) -> bytes:
         """Raises FileNotFoundError."""
         try:
-            with self._filesystem.open_input_file(self._full(relative)) as file:
-                return file.read()
+            return self.retrying(lambda: self._read(relative), "reading", relative)
         except NotADirectoryError as error:
             raise FileNotFoundError(*error.args) from error
 
+    def _read(self, relative: str) -> bytes:
+        with self._filesystem.open_input_file(self._full(relative)) as file:
+            return file.read()
+
     def open(self, relative: str) -> pa.NativeFile:
-        """For random access; memory-mapped where it is local."""
+        """For random access; memory-mapped where it is local. What is read from it is not tried again."""
         if self.local_path is not None:
             return pa.memory_map(self._full(relative), "r")
-        return self._filesystem.open_input_file(self._full(relative))
+        return self.retrying(lambda: self._filesystem.open_input_file(self._full(relative)), "opening", relative)
 
     def size(self, relative: str) -> int | None:
         """Bytes of a file, None where there is none."""
-        info = self._filesystem.get_file_info(self._full(relative))
+        info = self.retrying(lambda: self._filesystem.get_file_info(self._full(relative)), "looking at", relative)
         return info.size if info.type == pafs.FileType.File else None
+
+    def sizes(self, relative: str = "") -> dict[str, int]:
+        """Bytes of each file directly inside, by name: one request for a thousand of them."""
+        return {info.base_name: info.size for info in self._infos(relative) if info.type == pafs.FileType.File}
+
+    def _infos(self, relative: str) -> Iterable[pafs.FileInfo]:
+        selector = pafs.FileSelector(self._full(relative), allow_not_found=True, recursive=False)
+        return self.retrying(lambda: self._filesystem.get_file_info(selector), "listing", relative)
 
     def exists(self, relative: str) -> bool:
         return self.size(relative) is not None
 
     def list(self, relative: str = "") -> list[str]:
         """Names of files and folders directly inside, sorted; none where the folder does not exist."""
-        selector = pafs.FileSelector(self._full(relative), allow_not_found=True, recursive=False)
-        names = (info.base_name for info in self._filesystem.get_file_info(selector))
+        names = (info.base_name for info in self._infos(relative))
         return sorted(name for name in names if not name.startswith("."))
 
+    def remove_leftovers(self, relative: str = "") -> tuple[str, ...]:
+        """Delete what killed writers left directly inside a folder, and return its names.
+
+        Call it only while nobody else writes there. (Of an object store's unfinished uploads nothing can be seen;
+        a lifecycle rule of the bucket should end them.)
+        """
+        found = sorted(info.base_name for info in self._infos(relative) if _LEFTOVER.fullmatch(info.base_name))
+        for name in found:
+            self.delete_file(f"{relative}/{name}" if relative else name)
+        return tuple(found)
+
     def delete_file(self, relative: str) -> None:
-        self._filesystem.delete_file(self._full(relative))
+        self.retrying(lambda: self._filesystem.delete_file(self._full(relative)), "deleting", relative)
 
     def delete_tree(self, relative: str) -> None:
-        self._filesystem.delete_dir(self._full(relative))
+        self.retrying(lambda: self._filesystem.delete_dir(self._full(relative)), "deleting", relative)
+
+
+def _copy(chunks: Iterable[Any], hasher: BlockHasher, write: Callable[[memoryview], Any]) -> None:
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        hasher.update(view)
+        write(view)
 
 
 def _sync_directory(path: Path) -> None:
@@ -199,16 +267,9 @@ class VerifiedReader:
     """
 
     def __init__(self, storage: Storage, entry: FileEntry) -> None:
-        self._where = f"{storage.uri}/{entry.path}"
-        size = storage.size(entry.path)
-        if size != entry.size:
-            raise CorruptFile(
-                f"{self._where}: {'missing' if size is None else f'{size} bytes'}, its manifest says {entry.size}"
-            )
-        if len(entry.block_hashes) != -(-entry.size // BLOCK_BYTES):
-            raise CorruptFile(
-                f"{self._where}: its manifest lists {len(entry.block_hashes)} block hashes, too few or many"
-            )
+        self._where = storage.uri_of(entry.path)
+        entry.check_size(storage.size(entry.path), self._where)
+        self._storage = storage
         self._file = storage.open(entry.path)
         self._entry = entry
         self._verified: set[int] = set()
@@ -219,21 +280,25 @@ class VerifiedReader:
             raise CorruptFile(f"{self._where}: asked for bytes {start}-{stop} of {self._entry.size}")
         for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
             if block not in self._verified:
-                self._verify(block)
-        return self._file.read_at(stop - start, start)
+                self._read_block(block)
+        return self._read_at(start, stop)
+
+    def blocks(self) -> Iterator[bytes]:
+        """The whole file, block by block."""
+        return map(self._read_block, range(len(self._entry.block_hashes)))
 
     def verify_all(self) -> None:
-        for block in range(len(self._entry.block_hashes)):
-            self._verify(block)
+        for _ in self.blocks():
+            pass
 
-    def _verify(self, block: int) -> None:
-        start = block * BLOCK_BYTES
-        data = self._file.read_at(min(BLOCK_BYTES, self._entry.size - start), start)
-        if xxhash.xxh3_128(data).hexdigest() != self._entry.block_hashes[block]:
-            raise CorruptFile(
-                f"{self._where}: block {block} (bytes {start}-{start + len(data)}) does not match its hash"
-            )
+    def _read_block(self, block: int) -> bytes:
+        data = self._read_at(*self._entry.block_bounds(block))
+        self._entry.check_block(block, data, self._where)
         self._verified.add(block)
+        return data
+
+    def _read_at(self, start: int, stop: int) -> bytes:
+        return self._storage.retrying(lambda: self._file.read_at(stop - start, start), "reading", self._entry.path)
 
     def close(self) -> None:
         self._file.close()

@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.config import ClusterConfig, MetricsConfig
-from data_shards.config import ConfigModel, DataConfig
+from data_shards.config import ConfigModel, DataConfig, SourceConfig
 from data_shards.errors import BadInput
 from trainer.config import TrainerConfig
 
@@ -177,9 +177,10 @@ def resolve_paths(config: Config, *, in_ray_job: bool) -> Config:
     data = config.data.model_copy(
         update={
             name: _absolute(value)
-            for name in ("train", "validation", "chat_template", "prepared")
+            for name in ("chat_template", "prepared")
             if (value := getattr(config.data, name)) is not None
         }
+        | {name: tuple(map(_absolute_source, getattr(config.data, name))) for name in ("train", "validation", "test")}
     )
     base = config.model.base
     if Path(base).expanduser().is_dir() or base.startswith((".", "~")):
@@ -200,6 +201,11 @@ def _is_uri(path: str) -> bool:
 
 def _absolute(path: str) -> str:
     return path if _is_uri(path) else os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111 - keeps links
+
+
+def _absolute_source(source: SourceConfig) -> SourceConfig:
+    template = source.chat_template and _absolute(source.chat_template)
+    return source.model_copy(update={"path": _absolute(source.path), "chat_template": template})
 
 
 def to_yaml(config: Config) -> str:

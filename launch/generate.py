@@ -37,7 +37,7 @@ class Prompt:
 
 def prompts_from_records(config: Config, count: int) -> list[Prompt]:
     """The first held-out records (training ones if nothing is held out), cut before their last answer."""
-    split = VALIDATION if config.data.validation or config.data.validation_fraction else TRAIN
+    split = VALIDATION if config.data.holds_out else TRAIN
     prompts = []
     for record in islice(records_of(config.data, split), count):
         if record.text is not None:

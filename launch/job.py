@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from data_shards.encode import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
+from data_shards.mixture import MIXTURE_VERSION
 from data_shards.prepare import TRAIN, Prepared, prepare
 from data_shards.sampler import Sampler
 from data_shards.storage import Storage
@@ -39,9 +40,12 @@ class Job:
 
     @property
     def sampler(self) -> Sampler:
-        rows = self.dataset.manifest.splits[TRAIN].rows
-        training = self.config.training
-        return Sampler(rows, self.config.seed, training.global_batch, total_rows(training, rows))
+        split = self.dataset.manifest.splits[TRAIN]
+        training, data = self.config.training, self.config.data
+        total = total_rows(training, split.rows)
+        return Sampler(
+            split.rows, self.config.seed, training.global_batch, total, data.order, split.source_rows(data.weights)
+        )
 
     def record(self) -> dict[str, Any]:
         """``run.json``: what the run is."""
@@ -51,7 +55,12 @@ class Job:
             "config": self.config.model_dump(mode="json"),
             "base": self.base_identity,
             "init_from": self.init_from,
-            "data": {"fingerprint": self.dataset.manifest.fingerprint, **self.dataset.manifest.identity},
+            "data": {
+                "fingerprint": self.dataset.manifest.fingerprint,
+                "weights": self.config.data.weights,
+                "mixture_version": MIXTURE_VERSION,
+                **self.dataset.manifest.identity,
+            },
             "versions": versions(),
         }
 
@@ -66,6 +75,8 @@ class Job:
             base_identity=self.base_identity,
             dataset_uri=self.dataset.location.uri,
             fingerprint=self.dataset.manifest.fingerprint,
+            order=self.config.data.order,
+            weights=self.config.data.weights,
             init_from=None if resume_from else self.init_from,
             collective_timeout_s=self.config.cluster.collective_timeout_s,
             resolved_config=self.config.model_dump(mode="json"),

@@ -17,7 +17,7 @@ import torch
 from data_shards.errors import BadInput, CorruptFile, DataError
 from data_shards.manifest import DatasetManifest
 from data_shards.packing import best_fit
-from data_shards.prepare import TRAIN, fingerprint_of, fingerprint_parts, records_of
+from data_shards.prepare import TRAIN, fingerprint_of, fingerprint_parts, num_records, records_of
 from data_shards.shard_reader import read_dataset_manifest
 from launch.architectures import PUBLISHED
 from launch.config import Config
@@ -106,8 +106,6 @@ def look_at_data(config: Config) -> DataPlan:
     base = Path(config.model.base).expanduser()
     if not base.is_dir():
         return DataPlan(Origin.UNKNOWN, f"{config.model.base} is not on this machine, so its tokenizer isn't either")
-    if not Path(config.data.train).is_file():
-        return DataPlan(Origin.UNKNOWN, f"data.train={config.data.train!r}: no such file here")
     try:
         encoder = make_encoder(config, base)
         fingerprint = fingerprint_of(fingerprint_parts(config.data, encoder))
@@ -118,14 +116,13 @@ def look_at_data(config: Config) -> DataPlan:
         return DataPlan(Origin.UNKNOWN, str(error))
     try:
         sample = list(islice(encoder.encode(islice(records_of(config.data, TRAIN), _SAMPLE)), _SAMPLE))
+        records = round(num_records(config.data) * (1 - config.data.held_out_share))
     except DataError as error:
         return DataPlan(Origin.UNKNOWN, f"the data can't be prepared as it is: {error}")
-    return _estimate(config, [len(encoded.sequence.input_ids) for encoded in sample])
+    return _estimate(config, records, [len(encoded.sequence.input_ids) for encoded in sample])
 
 
-def _estimate(config: Config, lengths: list[int]) -> DataPlan:
-    with Path(config.data.train).open("rb") as file:
-        records = round(sum(1 for _ in file) * (1 - config.data.validation_fraction))
+def _estimate(config: Config, records: int, lengths: list[int]) -> DataPlan:
     fitting = np.array([length for length in lengths if length <= config.data.seq_len], np.int64)
     if not len(fitting):
         return DataPlan(Origin.UNKNOWN, f"none of the first {len(lengths)} records fits into data.seq_len")
@@ -137,7 +134,7 @@ def _estimate(config: Config, lengths: list[int]) -> DataPlan:
 
 
 def evaluates(config: Config) -> bool:
-    return config.data.validation is not None or config.data.validation_fraction > 0
+    return config.data.holds_out
 
 
 def find_target(config: Config, gpu_memory_gib: float | None = None, gpus_per_node: int | None = None) -> Target:

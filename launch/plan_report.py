@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from data_shards.sampler import Sampler
 from launch.config import Config
 from launch.plan_inputs import DataPlan, Target, evaluates
 from launch.plan_remedies import Remedy, remedies
@@ -123,7 +122,7 @@ def num_steps(config: Config, data: DataPlan) -> int | None:
     if data.packs is None:
         return config.training.steps
     rows = total_rows(config.training, data.packs)
-    return Sampler(data.packs, config.seed, config.training.global_batch, rows).num_steps
+    return -(-rows // config.training.global_batch)
 
 
 def geometry(config: Config) -> Geometry:

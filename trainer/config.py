@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from data_shards.config import ConfigModel
+from data_shards.permutation import Order
 
 
 class Method(StrEnum):
@@ -148,6 +149,8 @@ class WorkerSpec(ConfigModel):
     base_identity: str
     dataset_uri: str
     fingerprint: str
+    order: Order = Field(Order.SHUFFLED, description="Of the rows.")
+    weights: dict[str, float] = Field({}, description="Of the data's sources, by name.")
     init_from: str | None = Field(None, description="URI of a checkpoint of another run whose weights to begin with.")
     collective_timeout_s: float = Field(1800, gt=0, description="Seconds until a hung collective fails.")
     resolved_config: dict[str, Any] = Field(description="The whole run's configuration, kept in every checkpoint.")

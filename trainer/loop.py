@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from data_shards.sampler import Sampler
+from data_shards.shard_reader import SplitReader
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
 from trainer.config import TrainerConfig
 from trainer.engine import ZeroEngine
@@ -18,6 +19,8 @@ from trainer.metrics import Reporter, StepFigures
 from trainer.progress_log import ProgressLog
 from trainer.schedule import learning_rate
 from trainer.step import PackSource, train_step
+
+_STEPS_AHEAD = 4
 
 
 class Outcome(StrEnum):
@@ -33,13 +36,15 @@ class Loop:
     engine: ZeroEngine
     config: TrainerConfig
     sampler: Sampler
-    train: PackSource
+    train: SplitReader
     validation: PackSource | None
     progress: Progress
     save: Callable[[Progress], CheckpointManifest]
     stop_wanted: Callable[[], bool]
     log: ProgressLog
     reporter: Reporter
+    _asked_until: int = field(default=0, init=False)
+    """step up to which rows were asked for"""
 
     def run(self) -> Outcome:
         """Raises NonFiniteStep, StepInvariantBroken, or what saving raises; nothing committed is touched then."""
@@ -69,6 +74,7 @@ class Loop:
     def _step(self) -> bool:
         """One optimizer step. Returns whether any rank wishes to stop."""
         done = self.progress.step
+        self._fetch_ahead(done)
         rate = learning_rate(self.config.optimizer, done, self.sampler.num_steps)
         timer = _Timer()
         result = train_step(
@@ -94,6 +100,12 @@ class Loop:
         self.log.step(done + 1, result, rate, seconds)
         self.reporter.stepped(self.progress, StepFigures(rate, result.grad_norm, self.log.tokens_per_second))
         return result.stop_requested
+
+    def _fetch_ahead(self, done: int) -> None:
+        """Shards of the coming steps are fetched and verified while this one computes."""
+        for step in range(max(self._asked_until, done), min(done + 1 + _STEPS_AHEAD, self.sampler.num_steps)):
+            self.train.prefetch(self.sampler.rows_of_step(step))
+            self._asked_until = step + 1
 
     def _evaluate(self) -> None:
         if self.validation is None:

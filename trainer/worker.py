@@ -103,7 +103,12 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     held_out = manifest.splits.get(VALIDATION)
     validation = SplitReader(dataset, manifest, VALIDATION) if held_out and held_out.rows else None
     sampler = Sampler(
-        source.num_rows, config.seed, config.training.global_batch, total_rows(config.training, source.num_rows)
+        source.num_rows,
+        config.seed,
+        config.training.global_batch,
+        total_rows(config.training, source.num_rows),
+        spec.order,
+        manifest.splits[TRAIN].source_rows(spec.weights),
     )
     log = ProgressLog(run.attempt(spec.attempt), sampler.num_steps, config.training.log_every, enabled=engine.rank == 0)
     resumed = restore(engine, run, spec)

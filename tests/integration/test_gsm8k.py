@@ -28,7 +28,7 @@ def test_gsm8k_is_packed_whole(tmp_path: Path) -> None:
     prepared = prepare(config, encoder, Storage.at(tmp_path / "prepared"))
     train, test = prepared.manifest.splits[TRAIN], prepared.manifest.splits[VALIDATION]
     assert (train.records, test.records) == (7473, 1319)
-    assert train.dropped_too_long == test.dropped_too_long == 0
+    assert train.dropped == test.dropped == {}
     assert train.tokens / train.rows / config.seq_len > 0.99
     reader = SplitReader(prepared.location, prepared.manifest, TRAIN)
     eos = tokenizer.eos_token_id

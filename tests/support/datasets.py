@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Any
-
 import numpy as np
 
-from data_shards.manifest import MANIFEST, DatasetManifest, SplitEntry
+from data_shards.manifest import MANIFEST, DatasetManifest, SourceEntry, SplitEntry
 from data_shards.pack import Sequence
 from data_shards.row_counts import write_counts
 from data_shards.shard_writer import write_shards
@@ -32,15 +29,17 @@ def write_dataset(location: Storage, packs: list[list[Sequence]], seq_len: int, 
     """One split, ``train``, committed."""
     shards = tuple(write_shards(location, "train", packs, shard_tokens))
     counts = [sum(sequence.num_targets for sequence in pack) for pack in packs]
-    values: dict[str, Any] = {
-        "shards": shards,
-        "rows": len(packs),
-        "records": sum(map(len, packs)),
-        "tokens": sum(len(sequence.input_ids) for pack in packs for sequence in pack),
-        "trained_tokens": sum(counts),
-    }
-    if "counts" in {field.name for field in fields(SplitEntry)}:
-        values["counts"] = write_counts(location, "train", counts)
-    manifest = DatasetManifest("0" * 32, seq_len, {"train": SplitEntry(**values)})
+    split = SplitEntry(
+        shards=shards,
+        rows=len(packs),
+        records=sum(map(len, packs)),
+        tokens=sum(len(sequence.input_ids) for pack in packs for sequence in pack),
+        trained_tokens=sum(counts),
+        dropped={},
+        truncated=0,
+        sources=(SourceEntry("random", len(packs)),),
+        counts=write_counts(location, "train", counts),
+    )
+    manifest = DatasetManifest("0" * 32, seq_len, {"train": split})
     location.write(MANIFEST, [manifest.to_bytes()])
     return manifest

@@ -84,7 +84,7 @@ def test_bad_files_are_explained(tmp_path: Path, text: str, message: str) -> Non
 def test_paths_are_resolved_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = resolve_paths(load_config(write(tmp_path, MINIMAL)), in_ray_job=False)
-    assert config.data.train == str(tmp_path / "x.jsonl")
+    assert config.data.train[0].path == str(tmp_path / "x.jsonl")
     assert config.run.storage == str(tmp_path / "runs")
     assert config.model.base == "org/model", "a hub id stays"
     (tmp_path / "org" / "model").mkdir(parents=True)

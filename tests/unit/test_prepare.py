@@ -14,6 +14,7 @@ import pytest
 
 from data_shards import manifest as manifests
 from data_shards import signed_json
+from data_shards.audit_report import JSON_NAME, PAGE_NAME
 from data_shards.config import DataConfig
 from data_shards.encode import Encoder, load_tokenizer
 from data_shards.errors import CorruptFile, DataError
@@ -68,7 +69,7 @@ def key_of(ids: np.ndarray, trained: np.ndarray) -> Key:
 
 
 def encoded_keys(config: DataConfig, path: str | None = None) -> list[Key]:
-    records = read_records(path or config.train, config.format, config.columns)
+    records = read_records(path or config.train[0].path, config.format, config.columns)
     return [key_of(*item.sequence) for item in encoder_of(config).encode(records)]
 
 
@@ -116,7 +117,7 @@ def test_what_was_encoded_is_read_back(train: str, tmp_path: Path) -> None:
     wanted = encoded_keys(config)
     assert len(wanted) == 60 and Counter(read_keys(prepared)) == Counter(wanted)
     split, reader = prepared.manifest.splits["train"], reader_of(prepared)
-    assert split.records == 60 and split.dropped_too_long == 0 and split.rows == reader.num_rows < 60
+    assert split.records == 60 and split.dropped == {} and split.rows == reader.num_rows < 60
     assert split.tokens == sum(len(ids) for ids, _ in wanted)
     assert split.trained_tokens == targets(wanted) == reader.num_trained(np.arange(reader.num_rows))
     assert any(f"60 records, {split.rows} packs of {SEQ_LEN}" in line for line in lines)
@@ -136,7 +137,10 @@ def test_several_shards_of_bounded_size(train: str, tmp_path: Path) -> None:
     config = config_of(train, max_shard_tokens=5 * SEQ_LEN)
     prepared = run(config, tmp_path / "root")
     shards = prepared.manifest.splits["train"].shards
-    assert len(shards) >= 3 and [shard.file.path for shard in shards[:2]] == ["train-00000.arrow", "train-00001.arrow"]
+    assert len(shards) >= 3 and [shard.file.path for shard in shards[:2]] == [
+        "train-00000-00000.arrow",
+        "train-00000-00001.arrow",
+    ]
     assert Counter(read_keys(prepared)) == Counter(encoded_keys(config))
     reader, row = reader_of(prepared), 0
     for shard in shards:
@@ -163,7 +167,11 @@ def test_same_input_gives_the_same_bytes_wherever_it_lies(train: str, tmp_path: 
     copy = write_records(tmp_path / "other" / "train.jsonl", pairs(60))
     first, second = run(config_of(train), tmp_path / "one"), run(config_of(copy, prepared="there"), tmp_path / "two")
     assert first.manifest.fingerprint == second.manifest.fingerprint
-    assert files_of(first) == files_of(second)
+    one, two = files_of(first), files_of(second)
+    assert one.pop(PAGE_NAME) != two.pop(PAGE_NAME), "the audit names the sources' files"
+    for files in (one, two):
+        del files[JSON_NAME]
+    assert one == two
 
 
 def test_second_call_does_nothing(train: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +278,7 @@ def test_too_long_conversations_are_dropped_and_counted(tmp_path: Path) -> None:
     lines: list[str] = []
     prepared = run(config_of(path), tmp_path / "root", lines.append)
     split = prepared.manifest.splits["train"]
-    assert (split.records, split.dropped_too_long) == (22, 2)
+    assert (split.records, split.dropped) == (22, {"too_long": 2})
     assert len(read_keys(prepared)) == 20 and max(len(ids) for ids, _ in read_keys(prepared)) <= SEQ_LEN
     assert any("DROPPED 2 of 22 records longer than data.seq_len=96" in line for line in lines)
 
@@ -279,7 +287,7 @@ def test_pack_may_be_exactly_full(tmp_path: Path) -> None:
     path = write_records(tmp_path / "train.jsonl", pairs(1))
     ((ids, _),) = encoded_keys(config_of(path))
     prepared = run(config_of(path, seq_len=len(ids)), tmp_path / "root")
-    assert prepared.manifest.splits["train"].dropped_too_long == 0
+    assert prepared.manifest.splits["train"].dropped == {}
     with pytest.raises(DataError, match="no record is left"):
         run(config_of(path, seq_len=len(ids) - 1), tmp_path / "root")
 
@@ -310,7 +318,7 @@ def test_plain_text_is_split_and_keeps_every_token(length: int, tmp_path: Path) 
 
 def test_nothing_left_to_train_on_is_an_error(tmp_path: Path) -> None:
     path = write_records(tmp_path / "train.jsonl", [LONG] * 3)
-    message = rf"^{re.escape(path)}: no record is left to train on: 3 were longer than data\.seq_len=96"
+    message = rf"^{re.escape(path)}: no record is left to train on \(dropped: 3 too_long; data\.seq_len=96\)"
     with pytest.raises(DataError, match=message):
         run(config_of(path), tmp_path / "root")
     assert not list((tmp_path / "root").rglob(manifests.MANIFEST))
@@ -333,7 +341,9 @@ def test_record_that_trains_on_nothing_is_an_error(tmp_path: Path) -> None:
         (first_token_only, pairs(1), 1),
     ):
         config = config_of(write_records(tmp_path / "train.jsonl", records))
-        with pytest.raises(DataError, match=rf"^{re.escape(config.train)}:{line}: none of its \d+ tokens would be tr"):
+        with pytest.raises(
+            DataError, match=rf"^{re.escape(config.train[0].path)}:{line}: none of its \d+ tokens would be tr"
+        ):
             prepare(config, encoder_of(config, tokenizer), Storage.at(tmp_path / "root"))
 
 
@@ -360,7 +370,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "emptied": lambda path: path.write_bytes(b""),
     "longer": lambda path: path.write_bytes(path.read_bytes() + b"\0"),
     "missing": lambda path: path.unlink(),
-    "another shard": lambda path: path.write_bytes(path.with_name("train-00000.arrow").read_bytes()),
+    "another shard": lambda path: path.write_bytes(path.with_name("train-00000-00000.arrow").read_bytes()),
 }
 
 
@@ -370,9 +380,9 @@ def test_damaged_shard_is_named(name: str, train: str, tmp_path: Path) -> None:
     folder = prepared.location.local_path
     assert folder is not None
     reader_of(prepared)
-    DAMAGE[name](folder / "train-00001.arrow")
-    with pytest.raises(CorruptFile, match=r"/train-00001\.arrow: "):
-        reader_of(prepared)
+    DAMAGE[name](folder / "train-00000-00001.arrow")
+    with pytest.raises(CorruptFile, match=r"/train-00000-00001\.arrow: "):
+        read_keys(prepared)
 
 
 def resign(prepared: Prepared, change: Callable[[dict[str, Any]], None]) -> None:
@@ -386,7 +396,7 @@ def resign(prepared: Prepared, change: Callable[[dict[str, Any]], None]) -> None
 @pytest.mark.parametrize("path", ["../outside.arrow", "/outside.arrow", "s3://bucket/outside.arrow"])
 def test_manifest_may_not_name_files_outside(path: str, train: str, tmp_path: Path) -> None:
     prepared = run(config_of(train), tmp_path / "root")
-    data = prepared.location.read("train-00000.arrow")
+    data = prepared.location.read("train-00000-00000.arrow")
     (tmp_path / "root" / "outside.arrow").write_bytes(data)
     resign(prepared, lambda body: body["splits"]["train"]["shards"][0]["file"].update(path=path))
     with pytest.raises(CorruptFile, match=f"{re.escape(path)}.*outside its own directory"):
@@ -408,7 +418,7 @@ def test_manifest_must_add_up(field: str, train: str, tmp_path: Path) -> None:
 def test_manifest_and_shard_must_agree_on_rows(train: str, tmp_path: Path) -> None:
     prepared = run(config_of(train), tmp_path / "root")
     resign(prepared, lambda body: body["splits"]["train"]["shards"][0].update(rows=1))
-    with pytest.raises(CorruptFile, match=r"/train-00000\.arrow: its columns or its number of rows"):
+    with pytest.raises(CorruptFile, match="the shards of split 'train' do not add up"):
         SplitReader(prepared.location, read_dataset_manifest(prepared.location), "train")
 
 
@@ -425,7 +435,7 @@ def test_damaged_manifest_is_made_again(damage: str, train: str, tmp_path: Path)
     else:
         path.write_bytes({"cut off": data[:-40], "edited": data.replace(b"60", b"61"), "empty": b""}[damage])
         assert path.read_bytes() != data
-    DAMAGE["flip in the middle"](folder / "train-00000.arrow")
+    DAMAGE["flip in the middle"](folder / "train-00000-00000.arrow")
     lines: list[str] = []
     again = run(config, tmp_path / "root", lines.append)
     assert any("prepared again, because" in line and manifests.MANIFEST in line for line in lines) == (

@@ -90,3 +90,47 @@ def test_tensor_file_is_safetensors_and_reads_ranges(tmp_path: Path) -> None:
     for name, start, stop in (("a", 10, 13), ("z", 0, 1)):
         with pytest.raises(CorruptFile):
             file.read(name, start, stop)
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
+    storage = Storage.at(tmp_path)
+    storage.write("folder/kept", [b"x"])
+    hex32 = "0123456789abcdef" * 2
+    leftovers = [f".probe-{hex32}", f".shard.arrow.{hex32}.tmp"]
+    for name in (*leftovers, ".hidden", f".other.{hex32[:-1]}.tmp"):
+        (tmp_path / "folder" / name).write_bytes(b"half")
+    assert storage.remove_leftovers("folder") == tuple(leftovers)
+    assert {path.name for path in (tmp_path / "folder").iterdir()} == {"kept", ".hidden", f".other.{hex32[:-1]}.tmp"}
+    assert storage.remove_leftovers("folder") == () == storage.remove_leftovers("nowhere")
+
+
+def test_a_killed_writer_leaves_what_is_recognised(tmp_path: Path) -> None:
+    """By the name that writing really gives: the pattern and the writer must not drift apart."""
+    seen: list[str] = []
+
+    def chunks():  # type: ignore[no-untyped-def]
+        yield b"half"
+        seen.extend(path.name for path in tmp_path.iterdir())
+        raise KeyboardInterrupt
+
+    storage = Storage.at(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        storage.write("file", chunks())
+    (name,) = seen
+    (tmp_path / name).write_bytes(b"half")
+    assert storage.remove_leftovers() == (name,)
+
+
+def test_options_of_a_store_stay_at_the_end_of_its_names() -> None:
+    storage = Storage.at("s3://bucket/runs?region=us-east-1&endpoint_override=127.0.0.1:1")
+    below = storage.child("a").child("b")
+    assert below.uri == "s3://bucket/runs/a/b?region=us-east-1&endpoint_override=127.0.0.1:1"
+    assert Storage.at(below.uri) == below
+    assert Storage.at("/data/what?").child("x").uri == "/data/what?/x"
+
+
+def test_sizes_come_with_one_listing(tmp_path: Path) -> None:
+    storage = Storage.at(tmp_path)
+    storage.write("a", [b"123"])
+    storage.write("folder/b", [b"1"])
+    assert storage.sizes() == {"a": 3} and storage.sizes("folder") == {"b": 1} and storage.sizes("none") == {}

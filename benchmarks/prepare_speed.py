@@ -1,0 +1,162 @@
+"""From records to committed shards beside what can't be avoided, the tokenizer alone, and beside datasets and TRL.
+
+Contenders, one process on one core each, taking turns in both orders because a shared machine's speed drifts:
+
+- raw: ``encode_batch`` of the tokenizer over texts that were rendered before, their ids as numpy arrays; no more.
+- baton: ``prepare`` as the command runs it: reads the jsonl, renders, tokenizes, masks, packs, writes, hashes, commits.
+- trl (--peer): what TRL's SFTTrainer does to the same records with assistant-only loss, ``datasets.map`` with
+  ``apply_chat_template`` and then ``pack_dataset`` (best fit); its template marks the assistant's text, as it needs.
+  TRL must be installed beside Baton (`pip install --no-deps trl`).
+
+The tokenizer is trained on the data, byte-level BPE, up to 32,000 entries; the template is ChatML without marks.
+
+    python benchmarks/prepare_speed.py --data train.jsonl --rounds 5 --repeat 4 --peer
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+
+import argparse
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_shards.config import DataConfig
+from data_shards.encode import Encoder
+from data_shards.prepare import prepare
+from data_shards.storage import Storage
+
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}"
+    "{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}"
+    "{{ message.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+BATCH = 1000
+STOP = "<|im_end|>"
+
+
+def make_tokenizer(texts: list[str], vocab_size: int) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|im_start|>", STOP],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=STOP, chat_template=TEMPLATE)
+
+
+def numbered(rows: list[dict[str, str]], repeat: int) -> list[dict[str, str]]:
+    """The rows ``repeat`` times, each with its number before the question, so that no two are equal."""
+    return [
+        {"question": f"{turn * len(rows) + index}: {row['question']}", "answer": row["answer"]}
+        for turn in range(repeat)
+        for index, row in enumerate(rows)
+    ]
+
+
+def conversation(row: dict[str, str]) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
+
+
+def raw(tokenizer: Any, texts: list[str]) -> None:
+    backend = tokenizer.backend_tokenizer
+    for start in range(0, len(texts), BATCH):
+        for encoding in backend.encode_batch(texts[start : start + BATCH], add_special_tokens=False):
+            np.array(encoding.ids, np.int32)
+
+
+def baton(tokenizer: Any, data: Path, seq_len: int, folder: Path) -> None:
+    config = DataConfig(train=str(data), seq_len=seq_len)
+    prepare(config, Encoder(tokenizer, config, [STOP]), Storage.at(folder))
+
+
+def trl(tokenizer: Any, data: Path, seq_len: int, folder: Path) -> None:
+    import datasets
+    from trl import pack_dataset
+
+    def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
+        done = tokenizer.apply_chat_template(
+            conversation(row), chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
+        )
+        return {"input_ids": done["input_ids"], "assistant_masks": done["assistant_masks"]}
+
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset("json", data_files=str(data), split="train", cache_dir=str(folder))
+    pack_dataset(rows.map(tokenize, remove_columns=rows.column_names), seq_len, "bfd")
+
+
+def in_turns(contenders: dict[str, Callable[[Path], None]], rounds: int, scratch: Path) -> dict[str, list[float]]:
+    """Seconds of each, ``rounds`` times, each in a fresh folder; every other round in the opposite order."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for number in range(rounds):
+        for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
+            folder = scratch / f"{name}-{number}"
+            begin = time.perf_counter()
+            contenders[name](folder)
+            seconds[name].append(time.perf_counter() - begin)
+            shutil.rmtree(folder, ignore_errors=True)
+        print(f"round {number + 1}: " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()))
+    return seconds
+
+
+def main() -> None:
+    shared = os.environ.get("BATON_SHARED")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    default = shared and Path(shared) / "data/gsm8k/train.jsonl"
+    parser.add_argument("--data", type=Path, default=default, required=not shared, help="question and answer, as jsonl")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=1, help="the data so many times, with its records numbered")
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--vocab-size", type=int, default=32_000)
+    parser.add_argument("--peer", action="store_true", help="beside datasets.map and TRL's packing, too")
+    options = parser.parse_args()
+    rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]
+    tokenizer = make_tokenizer([text for row in rows for text in row.values()], options.vocab_size)
+    rows = numbered(rows, options.repeat)
+    texts = [tokenizer.apply_chat_template(conversation(row), tokenize=False) for row in rows]
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        data = scratch / "data.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        contenders: dict[str, Callable[[Path], None]] = {
+            "raw": lambda folder: raw(tokenizer, texts),
+            "baton": lambda folder: baton(tokenizer, data, options.seq_len, folder),
+        }
+        if options.peer:
+            contenders["trl"] = lambda folder: trl(tokenizer, data, options.seq_len, folder)
+        size = data.stat().st_size / 2**20
+        print(f"{len(rows):,} records, {size:.1f} MiB of jsonl, {len(tokenizer):,} entries, {options.rounds} rounds")
+        medians = {k: statistics.median(v) for k, v in in_turns(contenders, options.rounds, scratch).items()}
+    for contender, median in medians.items():
+        print(f"{contender:6} median {median:7.2f} s  {len(rows) / median:10,.0f} records/s")
+    print(f"baton's speed is {medians['raw'] / medians['baton']:.2f} of raw encode_batch")
+    if "trl" in medians:
+        print(f"baton's speed is {medians['trl'] / medians['baton']:.2f} of datasets.map and TRL's packing")
+
+
+if __name__ == "__main__":
+    main()

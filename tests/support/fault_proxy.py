@@ -1,0 +1,119 @@
+"""An HTTP proxy before one server that fails as networks and overloaded stores do, and counts how often it did."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length"}
+
+
+@dataclass
+class Faults:
+    """What goes wrong at the moment; may be changed while the proxy runs."""
+
+    share_503: float = 0.0
+    """of requests that are answered with 503"""
+    share_cut: float = 0.0
+    """of answers whose connection breaks in their midst"""
+    latency_s: float = 0.0
+    dead_until: float = 0.0
+    """by time.monotonic: until then every connection is dropped unanswered"""
+    seen: Counter[str] = field(default_factory=Counter)
+    """requests, and faults by kind"""
+
+    def die_for(self, seconds: float) -> None:
+        self.dead_until = time.monotonic() + seconds
+
+
+class FaultProxy:
+    """Listens on a free port of the loopback and forwards to another port there."""
+
+    def __init__(self, target_port: int, seed: int = 0) -> None:
+        self.faults = Faults()
+        self._random = random.Random(seed)
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(target_port))
+        self._server.daemon_threads = True
+        self.port = int(self._server.server_address[1])
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def _handler(self, target_port: int) -> type[BaseHTTPRequestHandler]:
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def _forward(self) -> None:
+                faults, chance = proxy.faults, proxy._random
+                faults.seen["requests"] += 1
+                time.sleep(faults.latency_s)
+                if time.monotonic() < faults.dead_until:
+                    faults.seen["dead"] += 1
+                    self.close_connection = True
+                    return
+                body = _body(self)
+                if chance.random() < faults.share_503:
+                    faults.seen["503"] += 1
+                    self.send_response(503)
+                    self.send_header("Content-Length", "0")
+                    self.end_headers()
+                    return
+                status, headers, content = _ask(target_port, self.command, self.path, self.headers, body)
+                self.send_response(status)
+                for name, value in headers:
+                    if name.lower() not in _HOP_BY_HOP:
+                        self.send_header(name, value)
+                length = {name.lower(): value for name, value in headers}.get("content-length")
+                self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(content)))
+                self.end_headers()
+                if len(content) > 1 and chance.random() < faults.share_cut:
+                    faults.seen["cut"] += 1
+                    self.wfile.write(content[: len(content) // 2])
+                    self.close_connection = True
+                elif self.command != "HEAD":
+                    self.wfile.write(content)
+
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler
+
+
+def _body(request: BaseHTTPRequestHandler) -> bytes:
+    if request.headers.get("Transfer-Encoding", "").lower() != "chunked":
+        return request.rfile.read(int(request.headers.get("Content-Length", 0)))
+    parts = []
+    while size := int(request.rfile.readline().split(b";")[0], 16):
+        parts.append(request.rfile.read(size))
+        request.rfile.readline()
+    while request.rfile.readline().strip():
+        pass
+    return b"".join(parts)
+
+
+def _ask(port: int, method: str, path: str, headers: Any, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        # The signature covers the Host header, so it goes on as it came.
+        sent = {name: value for name, value in headers.items() if name.lower() not in _HOP_BY_HOP}
+        connection.request(method, path, body, {**sent, "Content-Length": str(len(body))})
+        answer = connection.getresponse()
+        return answer.status, answer.getheaders(), answer.read()
+    finally:
+        connection.close()
