@@ -1,6 +1,7 @@
 """From records to committed shards beside what can't be avoided, the tokenizer alone, and beside datasets and TRL.
 
-Contenders, one process on one core each, taking turns in both orders because a shared machine's speed drifts:
+Contenders, one process on one core each, taking turns in both orders because a shared machine's speed drifts. Both times are told: by the clock, which counts on a machine of one's own, and of the processor (with that of child
+processes), which hardly changes when others use the machine, too.
 
 - raw: ``encode_batch`` of the tokenizer over texts that were rendered before, their ids as numpy arrays; no more.
 - baton: ``prepare`` as the command runs it: reads the jsonl, renders, tokenizes, masks, packs, writes, hashes, commits.
@@ -28,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -90,7 +91,7 @@ def raw(tokenizer: Any, texts: list[str]) -> None:
 
 
 def baton(tokenizer: Any, data: Path, seq_len: int, folder: Path) -> None:
-    config = DataConfig(train=str(data), seq_len=seq_len)
+    config = DataConfig(train=str(data), seq_len=seq_len, processes=1)
     prepare(config, Encoder(tokenizer, config, [STOP]), Storage.at(folder))
 
 
@@ -109,18 +110,43 @@ def trl(tokenizer: Any, data: Path, seq_len: int, folder: Path) -> None:
     pack_dataset(rows.map(tokenize, remove_columns=rows.column_names), seq_len, "bfd")
 
 
-def in_turns(contenders: dict[str, Callable[[Path], None]], rounds: int, scratch: Path) -> dict[str, list[float]]:
-    """Seconds of each, ``rounds`` times, each in a fresh folder; every other round in the opposite order."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+class Times(NamedTuple):
+    clock_s: float
+    processor_s: float
+
+
+def now() -> Times:
+    used = os.times()
+    return Times(time.perf_counter(), used.user + used.system + used.children_user + used.children_system)
+
+
+def in_turns(contenders: dict[str, Callable[[Path], None]], rounds: int, scratch: Path) -> dict[str, list[Times]]:
+    """What each took, ``rounds`` times, each in a fresh folder; every other round in the opposite order."""
+    taken: dict[str, list[Times]] = {name: [] for name in contenders}
     for number in range(rounds):
         for name in list(contenders)[:: 1 if number % 2 == 0 else -1]:
             folder = scratch / f"{name}-{number}"
-            begin = time.perf_counter()
+            begin = now()
             contenders[name](folder)
-            seconds[name].append(time.perf_counter() - begin)
+            taken[name].append(Times(*(after - before for after, before in zip(now(), begin, strict=True))))
             shutil.rmtree(folder, ignore_errors=True)
-        print(f"round {number + 1}: " + ", ".join(f"{name} {times[-1]:.2f} s" for name, times in seconds.items()))
-    return seconds
+        lasts = ", ".join(f"{name} {times[-1].clock_s:.2f} s" for name, times in taken.items())
+        print(f"round {number + 1}: {lasts}", flush=True)
+    return taken
+
+
+def report(taken: dict[str, list[Times]], num_records: int) -> None:
+    medians = {name: Times(*map(statistics.median, zip(*times, strict=True))) for name, times in taken.items()}
+    for name, (clock_s, processor_s) in medians.items():
+        speed = num_records / clock_s
+        print(
+            f"{name:6} medians: {clock_s:7.2f} s by the clock, {processor_s:7.2f} s of processor, {speed:8,.0f} records/s"
+        )
+    ours = medians.pop("baton")
+    for name, (clock_s, processor_s) in medians.items():
+        print(
+            f"baton / {name}: {clock_s / ours.clock_s:.2f} by the clock, {processor_s / ours.processor_s:.2f} by processor"
+        )
 
 
 def main() -> None:
@@ -150,12 +176,7 @@ def main() -> None:
             contenders["trl"] = lambda folder: trl(tokenizer, data, options.seq_len, folder)
         size = data.stat().st_size / 2**20
         print(f"{len(rows):,} records, {size:.1f} MiB of jsonl, {len(tokenizer):,} entries, {options.rounds} rounds")
-        medians = {k: statistics.median(v) for k, v in in_turns(contenders, options.rounds, scratch).items()}
-    for contender, median in medians.items():
-        print(f"{contender:6} median {median:7.2f} s  {len(rows) / median:10,.0f} records/s")
-    print(f"baton's speed is {medians['raw'] / medians['baton']:.2f} of raw encode_batch")
-    if "trl" in medians:
-        print(f"baton's speed is {medians['trl'] / medians['baton']:.2f} of datasets.map and TRL's packing")
+        report(in_turns(contenders, options.rounds, scratch), len(rows))
 
 
 if __name__ == "__main__":

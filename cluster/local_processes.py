@@ -84,9 +84,9 @@ class LocalProcesses:
         return _run(workers)
 
     def _environment(self) -> dict[str, str]:
-        """What all ranks are told."""
+        """What all ranks are told: their server may be older than what was set here since."""
         size = self._config.num_workers
-        found = {
+        found = dict(os.environ) | {
             "WORLD_SIZE": str(size),
             "LOCAL_WORLD_SIZE": str(size),
             "MASTER_ADDR": "127.0.0.1",

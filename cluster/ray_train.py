@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,32 +39,47 @@ def _train_function(arguments: dict[str, Any]) -> None:
     run_worker(WorkerSpec.model_validate(arguments["spec"]), arguments["metrics"])
 
 
+def connect(slots: int) -> bool:
+    """To the cluster around us, else to an embedded one of so many CPUs. Returns whether it is embedded."""
+    import ray
+
+    # Said explicitly: a local Ray would else turn token auth on and write a token for every later cluster.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray Train would else show every line that a worker prints twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    if in_ray_job() or os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", log_to_driver=True)
+        return False
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    # Without a dashboard Ray Train warns each second that it can't ask it; only errors are worth a line here.
+    quiet = ray.LoggingConfig(log_level="ERROR")
+    ray.init(address="local", num_cpus=slots, include_dashboard=False, logging_config=quiet, logging_level="ERROR")
+    return True
+
+
+@contextmanager
+def connected() -> Iterator[None]:
+    """Connected to Ray meanwhile; where a launcher has done so already, nothing happens."""
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    connect(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 class RayTrain:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
         self._use_gpu = False
-        self._embedded = False
         self._monitor: Monitor = NoMonitor()
-        self._connect()
-
-    def _connect(self) -> None:
-        import ray
-
-        # Said explicitly: a local Ray would else turn token auth on and write a token for every later cluster.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Ray Train would else show every line that a worker prints twice.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-        if in_ray_job() or os.environ.get("RAY_ADDRESS"):
-            ray.init(address="auto", log_to_driver=True)
-            return
-        self._embedded = True
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        slots = max(os.cpu_count() or 1, int(self._config.num_workers * self._config.cpus_per_worker))
-        # Without a dashboard Ray Train warns each second that it can't ask it; only errors are worth a line here.
-        quiet = ray.LoggingConfig(log_level="ERROR")
-        ray.init(address="local", num_cpus=slots, include_dashboard=False, logging_config=quiet, logging_level="ERROR")
+        self._embedded = connect(max(os.cpu_count() or 1, int(config.num_workers * config.cpus_per_worker)))
 
     def _nodes(self) -> list[dict[str, float]]:
         import ray

@@ -111,6 +111,12 @@ class DataConfig(ConfigModel):
         None, ge=1, description="Processes that prepare; default one per core, fewer for little data."
     )
 
+    spread: bool = Field(
+        False,
+        description="Prepare on all nodes of the Ray cluster, a group of files at a time; all must see sources and "
+        "the storage.",
+    )
+
     @model_validator(mode="after")
     def _one_way_to_hold_out(self) -> DataConfig:
         ways = {

@@ -9,28 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 from data_shards import manifest as manifests
-from data_shards import signed_json
 from data_shards.audit_batch import TokenizerFacts
-from data_shards.batch_encoder import BatchEncoder, BatchJob, DropReason, EncodedBatch, audit_limits, records_by_split
+from data_shards.batch_encoder import BatchEncoder, DropReason, EncodedBatch, audit_limits
 from data_shards.config import DataConfig
+from data_shards.corpus import Corpus, encoders_of, fingerprint_of, fingerprint_parts
 from data_shards.dataset_audit import check_audit, write_audit
 from data_shards.encode import Encoder
 from data_shards.errors import CorruptFile, DataError
 from data_shards.manifest import DatasetManifest, SourceEntry, SplitEntry
 from data_shards.processes import ordered_map
-from data_shards.record import Record
-from data_shards.records import source_batches
 from data_shards.row_counts import write_counts
-from data_shards.sampler import SAMPLER_VERSION
 from data_shards.shard_reader import read_dataset_manifest
-from data_shards.source_config import SourceConfig
-from data_shards.source_files import SourceFile
-from data_shards.sources import content_identity, resolve
 from data_shards.splits import TRAIN, VALIDATION
-from data_shards.storage import Storage, sha256
+from data_shards.storage import Storage
 from data_shards.windows import (
     FOLDER,
     Receipt,
@@ -45,23 +38,12 @@ from data_shards.windows import (
 __all__ = ["TRAIN", "VALIDATION", "Prepared", "prepare"]
 
 TEST = "test"
-_OPTIONS = (
-    "validation_fraction",
-    "split",
-    "seq_len",
-    "packing",
-    "order",
-    "too_long",
-    "cleaning",
-    "require_stop_token",
-    "max_shard_tokens",
-)
-_OF_A_SOURCE = ("name", "format", "columns", "limit", "label_names", "prompt_template")
 _BYTES_PER_PROCESS = 16 << 20
 """Of source, before another process pays for its start, some three seconds."""
 _TELL_EVERY_S = 10.0
 
 Report = Callable[[str], None]
+WriteTasks = Callable[[Sequence[Task], DataConfig, Encoder, Storage, dict[int, list[Receipt]], Report], None]
 
 
 @dataclass(frozen=True)
@@ -70,54 +52,18 @@ class Prepared:
     manifest: DatasetManifest
 
 
-class Corpus:
-    """The sources of a configuration with their files, looked up once."""
-
-    def __init__(self, config: DataConfig) -> None:
-        self.sources: list[tuple[str, SourceConfig, tuple[SourceFile, ...]]] = [
-            (role, source, resolve(source)) for role, sources in config.sources().items() for source in sources
-        ]
-
-    def identity(self) -> list[dict[str, Any]]:
-        """What is in the sources, and how it is read. Paths are no part of it."""
-        return [
-            {
-                "role": role,
-                **source.model_dump(mode="json", include=set(_OF_A_SOURCE)),
-                "content": [content_identity(file) for file in files],
-            }
-            for role, source, files in self.sources
-        ]
-
-    def size(self) -> int:
-        """Bytes."""
-        return sum(file.size for _, _, files in self.sources for file in files)
-
-
-def fingerprint_parts(config: DataConfig, encoder: Encoder, corpus: Corpus | None = None) -> dict[str, Any]:
-    """Everything that the packs and their order depend on. Weights of sources are not in it: shards stay the same."""
-    own = {template: each.identity()["template"] for template, each in _encoders(config, encoder).items() if template}
-    return {
-        "sources": (corpus or Corpus(config)).identity(),
-        "encoding": encoder.identity() | {"own_templates": sorted(own.values())},
-        "options": config.model_dump(mode="json", include=set(_OPTIONS)),
-        "format_version": manifests.VERSION,
-        "sampler_version": SAMPLER_VERSION,
-    }
-
-
-def fingerprint_of(parts: dict[str, Any]) -> str:
-    return sha256(signed_json.canonical(parts))[:32]
-
-
-def _encoders(config: DataConfig, encoder: Encoder) -> dict[str | None, Encoder]:
-    """By a source's own chat template; None: it has none."""
-    templates = {source.chat_template for sources in config.sources().values() for source in sources}
-    return {None: encoder} | {path: encoder.with_template(path) for path in sorted(filter(None, templates))}
-
-
-def prepare(config: DataConfig, encoder: Encoder, root: Storage, *, report: Report = lambda line: None) -> Prepared:
+def prepare(
+    config: DataConfig,
+    encoder: Encoder,
+    root: Storage,
+    *,
+    write: WriteTasks | None = None,
+    report: Report = lambda line: None,
+) -> Prepared:
     """Make ``<root>/<fingerprint>`` hold the dataset, unless it does already. Killed, it goes on where it was.
+
+    Args:
+        write: writes the tasks' windows; default by processes of this machine.
 
     Raises DataError with file and line for anything that can't be used.
     """
@@ -127,18 +73,17 @@ def prepare(config: DataConfig, encoder: Encoder, root: Storage, *, report: Repo
     location = root.child(fingerprint)
     with _alone(root, fingerprint, report):
         found = _already(location, report)
+        is_new = found is None
         if found is None:
             location.remove_leftovers()
-            written = _write_windows(config, encoder, location, corpus, report)
+            written = _write_windows(config, encoder, location, corpus, write or write_tasks, report)
             splits = _splits(config, location, written, report)
             write_audit(location, (receipt.audit for _, receipt in written), splits, config.seq_len, encoder)
             found = Prepared(location, DatasetManifest(fingerprint, config.seq_len, splits, parts))
             location.write(manifests.MANIFEST, [found.manifest.to_bytes()])
             report(f"data: prepared at {location.uri}")
-            check_audit(location, config.audit, report, tell=True)
-        else:
-            check_audit(location, config.audit, report, tell=False)
         _remove_receipts(location)
+    check_audit(location, config.audit, report, tell=is_new)
     return found
 
 
@@ -176,18 +121,14 @@ def _alone(root: Storage, fingerprint: str, report: Report) -> Iterator[None]:
 
 
 def _write_windows(
-    config: DataConfig, encoder: Encoder, location: Storage, corpus: Corpus, report: Report
+    config: DataConfig, encoder: Encoder, location: Storage, corpus: Corpus, write: WriteTasks, report: Report
 ) -> list[tuple[Task, Receipt]]:
     tasks = plan_tasks(corpus.sources)
     receipts = read_receipts(location, audit_limits(config))
     if kept := sum(map(len, receipts.values())):
         report(f"data: going on after {kept} finished parts")
-    write_tasks(tasks, config, encoder, location, receipts, processes=_processes(config, corpus.size()), report=report)
+    write(tasks, config, encoder, location, receipts, report)
     return list(all_receipts(receipts, tasks))
-
-
-def _processes(config: DataConfig, size: int) -> int:
-    return config.processes or max(1, min(os.cpu_count() or 1, size // _BYTES_PER_PROCESS))
 
 
 def write_tasks(
@@ -196,12 +137,12 @@ def write_tasks(
     encoder: Encoder,
     location: Storage,
     receipts: dict[int, list[Receipt]],
-    *,
-    processes: int,
-    report: Report = lambda line: None,
+    report: Report,
 ) -> None:
     """Write the windows of these tasks that have no receipt yet; ``receipts`` gets theirs."""
-    work = BatchEncoder(config, _encoders(config, encoder), TokenizerFacts.of(encoder.tokenizer, encoder.stops))
+    size = sum(file.size for task in tasks for file in task.files)
+    processes = config.processes or max(1, min(os.cpu_count() or 1, size // _BYTES_PER_PROCESS))
+    work = BatchEncoder(config, encoders_of(config, encoder), TokenizerFacts.of(encoder.tokenizer, encoder.stops))
     writer = WindowWriter(location, config, receipts)
     jobs = chain.from_iterable(jobs_of(task, receipts.get(task.number, [])) for task in tasks)
     progress = _Progress(report)
@@ -289,16 +230,3 @@ def _tell(config: DataConfig, name: str, entry: SplitEntry, report: Report) -> N
             report(f"data: {name}: left out {number:,} of {entry.records:,} records ({reason.value}; data.cleaning)")
     if entry.truncated:
         report(f"data: {name}: cut {entry.truncated:,} of {entry.records:,} records to data.seq_len={config.seq_len}")
-
-
-def num_records(config: DataConfig) -> int:
-    """Rows of the training sources, held-out ones included; they are cut into batches, not parsed."""
-    return sum(each.num_rows for source in config.sources()[TRAIN] for each in source_batches(source))
-
-
-def records_of(config: DataConfig, split: str) -> Iterator[Record]:
-    """The records of one split, in the sources' order, cleaned."""
-    for role, sources in config.sources().items():
-        for source in sources:
-            for source_batch in source_batches(source):
-                yield from records_by_split(BatchJob(0, role, source_batch), config).get(split, [])

@@ -15,9 +15,10 @@ if __package__ in (None, ""):  # as a script: `python launch/generate.py`
 import torch
 
 from data_shards.chat_template import fix_date
+from data_shards.corpus import records_of
 from data_shards.encode import load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
-from data_shards.prepare import TRAIN, VALIDATION, records_of
+from data_shards.prepare import TRAIN, VALIDATION
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import Config
 from launch.exit_codes import ExitCode

@@ -107,7 +107,14 @@ def check_length(config: Config, hf_config: Any) -> None:
 def prepare_data(config: Config, base: Path, say: Say) -> Prepared:
     """Raises DataError, with file and line where it can."""
     check_length(config, model_config(base, config.model))
-    return prepare(config.data, make_encoder(config, base), datasets_root(config), report=say)
+    encoder, root = make_encoder(config, base), datasets_root(config)
+    if not config.data.spread:
+        return prepare(config.data, encoder, root, report=say)
+    from cluster.ray_prepare import write_tasks_on_ray
+    from cluster.ray_train import connected
+
+    with connected():
+        return prepare(config.data, encoder, root, write=write_tasks_on_ray, report=say)
 
 
 def make_encoder(config: Config, base: Path) -> Encoder:

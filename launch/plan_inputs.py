@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_shards.corpus import fingerprint_of, fingerprint_parts, num_records, records_of
 from data_shards.errors import BadInput, CorruptFile, DataError
 from data_shards.manifest import DatasetManifest
 from data_shards.packing import best_fit
-from data_shards.prepare import TRAIN, fingerprint_of, fingerprint_parts, num_records, records_of
+from data_shards.prepare import TRAIN
 from data_shards.shard_reader import read_dataset_manifest
 from launch.architectures import PUBLISHED
 from launch.config import Config

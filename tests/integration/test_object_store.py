@@ -14,11 +14,15 @@ import pytest
 from data_shards.config import DataConfig
 from data_shards.encode import Encoder
 from data_shards.errors import CorruptFile
+from data_shards.prepare import prepare
 from data_shards.sampler import Sampler
 from data_shards.shard_cache import ShardCache
 from data_shards.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
+from launch import finetune
 from launch.quickstart_inputs import records, write_jsonl
+from tests.integration.conftest import Workshop
+from tests.support.command import RunFiles, run_here, write_config
 from tests.support.datasets import random_packs, write_dataset
 from tests.support.fault_proxy import FaultProxy
 from tests.support.object_store import CREDENTIALS, create_bucket, s3_server, s3_uri
@@ -50,8 +54,6 @@ def bytes_of(location: Storage) -> dict[str, bytes]:
 def test_preparing_to_a_failing_store_gives_the_same_bytes(
     proxy: FaultProxy, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from data_shards.prepare import prepare
-
     write_jsonl(tmp_path / "train.jsonl", records(200, seed=1))
     config = DataConfig(train=str(tmp_path / "train.jsonl"), seq_len=384, max_shard_tokens=4000)
     tokenizer = chatml()
@@ -170,3 +172,21 @@ def test_workers_of_a_node_share_the_downloads(proxy: FaultProxy, tmp_path: Path
     shards = len(manifest.splits["train"].shards)
     # Each download asks for size, size again on opening, and one block.
     assert proxy.faults.seen["requests"] <= 3 * shards
+
+
+def test_training_from_a_failing_store_equals_training_from_disk(
+    proxy: FaultProxy, workshop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BATON_CACHE_DIR", str(tmp_path / "cache"))
+    values = workshop.values | {"run": {"storage": str(tmp_path / "runs")}}
+    values["training"] = values["training"] | {"steps": 8}
+    values["data"] = values["data"] | {"max_shard_tokens": 3_000}
+    traces = []
+    for name, prepared in (("disk", str(tmp_path / "prepared")), ("store", s3_uri(BUCKET, "training", proxy.port))):
+        values["data"] = values["data"] | {"prepared": prepared}
+        proxy.faults.share_503, proxy.faults.latency_s = 0.1, 0.01
+        done = run_here(finetune.main, "--config", str(write_config(tmp_path, values, name)))
+        assert done.code == 0, done.output
+        traces.append(RunFiles(tmp_path / "runs" / name).trace())
+    assert traces[0] == traces[1]
+    assert proxy.faults.seen["503"] > 0 and len(list((tmp_path / "cache").rglob("*"))) > 6

@@ -1,0 +1,92 @@
+"""What is to be prepared: the sources of a configuration, and what identifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from data_shards import manifest as manifests
+from data_shards import signed_json
+from data_shards.batch_encoder import BatchJob, records_by_split
+from data_shards.config import DataConfig
+from data_shards.encode import Encoder
+from data_shards.record import Record
+from data_shards.records import source_batches
+from data_shards.sampler import SAMPLER_VERSION
+from data_shards.source_config import SourceConfig
+from data_shards.source_files import SourceFile
+from data_shards.sources import content_identity, resolve
+from data_shards.splits import TRAIN
+from data_shards.storage import sha256
+
+_OPTIONS = (
+    "validation_fraction",
+    "split",
+    "seq_len",
+    "packing",
+    "order",
+    "too_long",
+    "cleaning",
+    "require_stop_token",
+    "max_shard_tokens",
+)
+_OF_A_SOURCE = ("name", "format", "columns", "limit", "label_names", "prompt_template")
+
+
+class Corpus:
+    """The sources of a configuration with their files, looked up once."""
+
+    def __init__(self, config: DataConfig) -> None:
+        self.sources: list[tuple[str, SourceConfig, tuple[SourceFile, ...]]] = [
+            (role, source, resolve(source)) for role, sources in config.sources().items() for source in sources
+        ]
+
+    def identity(self) -> list[dict[str, Any]]:
+        """What is in the sources, and how it is read. Paths are no part of it."""
+        return [
+            {
+                "role": role,
+                **source.model_dump(mode="json", include=set(_OF_A_SOURCE)),
+                "content": [content_identity(file) for file in files],
+            }
+            for role, source, files in self.sources
+        ]
+
+    def size(self) -> int:
+        """Bytes."""
+        return sum(file.size for _, _, files in self.sources for file in files)
+
+
+def fingerprint_parts(config: DataConfig, encoder: Encoder, corpus: Corpus | None = None) -> dict[str, Any]:
+    """Everything that the packs and their order depend on. Weights of sources are not in it: shards stay the same."""
+    own = {template: each.identity()["template"] for template, each in encoders_of(config, encoder).items() if template}
+    return {
+        "sources": (corpus or Corpus(config)).identity(),
+        "encoding": encoder.identity() | {"own_templates": sorted(own.values())},
+        "options": config.model_dump(mode="json", include=set(_OPTIONS)),
+        "format_version": manifests.VERSION,
+        "sampler_version": SAMPLER_VERSION,
+    }
+
+
+def fingerprint_of(parts: dict[str, Any]) -> str:
+    return sha256(signed_json.canonical(parts))[:32]
+
+
+def encoders_of(config: DataConfig, encoder: Encoder) -> dict[str | None, Encoder]:
+    """By a source's own chat template; None: it has none."""
+    templates = {source.chat_template for sources in config.sources().values() for source in sources}
+    return {None: encoder} | {path: encoder.with_template(path) for path in sorted(filter(None, templates))}
+
+
+def num_records(config: DataConfig) -> int:
+    """Rows of the training sources, held-out ones included; they are cut into batches, not parsed."""
+    return sum(each.num_rows for source in config.sources()[TRAIN] for each in source_batches(source))
+
+
+def records_of(config: DataConfig, split: str) -> Iterator[Record]:
+    """The records of one split, in the sources' order, cleaned."""
+    for role, sources in config.sources().items():
+        for source in sources:
+            for source_batch in source_batches(source):
+                yield from records_by_split(BatchJob(0, role, source_batch), config).get(split, [])
