@@ -1,13 +1,14 @@
 """From records to committed shards beside what can't be avoided, the tokenizer alone, and beside datasets and TRL.
 
-Contenders, one process on one core each, taking turns in both orders because a shared machine's speed drifts. Both times are told: by the clock, which counts on a machine of one's own, and of the processor (with that of child
-processes), which hardly changes when others use the machine, too.
+Contenders, one process on one core each, taking turns in both orders because a shared machine's speed drifts. Two times
+are told: by the clock, which counts on a machine of one's own, and of the processor (with that of child processes),
+which hardly changes when others use the machine.
 
 - raw: ``encode_batch`` of the tokenizer over texts that were rendered before, their ids as numpy arrays; no more.
 - baton: ``prepare`` as the command runs it: reads the jsonl, renders, tokenizes, masks, packs, writes, hashes, commits.
-- trl (--peer): what TRL's SFTTrainer does to the same records with assistant-only loss, ``datasets.map`` with
-  ``apply_chat_template`` and then ``pack_dataset`` (best fit); its template marks the assistant's text, as it needs.
-  TRL must be installed beside Baton (`pip install --no-deps trl`).
+- trl (--peer): the same records through ``datasets`` and TRL's own ``SFTTrainer._prepare_dataset`` (``datasets.map``s
+  and packing by best fit) with assistant-only loss; its template marks the assistant's text, as it needs. TRL must be
+  installed beside Baton (`pip install --no-deps trl`).
 
 The tokenizer is trained on the data, byte-level BPE, up to 32,000 entries; the template is ChatML without marks.
 
@@ -29,6 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,17 +99,22 @@ def baton(tokenizer: Any, data: Path, seq_len: int, folder: Path) -> None:
 
 def trl(tokenizer: Any, data: Path, seq_len: int, folder: Path) -> None:
     import datasets
-    from trl import pack_dataset
-
-    def tokenize(row: dict[str, str]) -> dict[str, list[int]]:
-        done = tokenizer.apply_chat_template(
-            conversation(row), chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
-        )
-        return {"input_ids": done["input_ids"], "assistant_masks": done["assistant_masks"]}
+    from trl import SFTTrainer
 
     datasets.disable_progress_bars()
     rows = datasets.load_dataset("json", data_files=str(data), split="train", cache_dir=str(folder))
-    pack_dataset(rows.map(tokenize, remove_columns=rows.column_names), seq_len, "bfd")
+    rows = rows.map(lambda row: {"messages": conversation(row)}, remove_columns=rows.column_names)
+    trainer = SimpleNamespace(_tokenizer=tokenizer, chat_template=MARKED, completion_only_loss=False)
+    options = SimpleNamespace(
+        assistant_only_loss=True,
+        dataset_num_proc=None,
+        dataset_text_field="text",
+        max_length=seq_len,
+        packing_strategy="bfd",
+        shuffle_dataset=False,
+    )
+    prepared = SFTTrainer._prepare_dataset(trainer, rows, tokenizer, options, True, None, "train")
+    assert {"input_ids", "labels", "seq_lengths"} <= set(prepared.column_names)
 
 
 class Times(NamedTuple):
@@ -137,15 +144,14 @@ def in_turns(contenders: dict[str, Callable[[Path], None]], rounds: int, scratch
 
 def report(taken: dict[str, list[Times]], num_records: int) -> None:
     medians = {name: Times(*map(statistics.median, zip(*times, strict=True))) for name, times in taken.items()}
+    print("medians        clock  processor  records/s by the clock")
     for name, (clock_s, processor_s) in medians.items():
-        speed = num_records / clock_s
-        print(
-            f"{name:6} medians: {clock_s:7.2f} s by the clock, {processor_s:7.2f} s of processor, {speed:8,.0f} records/s"
-        )
+        print(f"{name:10} {clock_s:7.2f} s  {processor_s:7.2f} s  {num_records / clock_s:9,.0f}")
     ours = medians.pop("baton")
     for name, (clock_s, processor_s) in medians.items():
+        by_clock, by_processor = clock_s / ours.clock_s, processor_s / ours.processor_s
         print(
-            f"baton / {name}: {clock_s / ours.clock_s:.2f} by the clock, {processor_s / ours.processor_s:.2f} by processor"
+            f"baton is {by_clock:.2f} times as fast as {name} by the clock, {by_processor:.2f} times by processor time"
         )
 
 

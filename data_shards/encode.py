@@ -62,10 +62,19 @@ def stop_tokens(tokenizer: Any, base: Path) -> list[str]:
 
 def tokenizer_identity(tokenizer: Any) -> str:
     """A hash of everything that decides which ids a text becomes."""
-    content = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Saved with some tokenizers, and switched off by the first call here.
-    del content["truncation"], content["padding"]
-    return sha256(signed_json.canonical(content))
+    return sha256(whole_texts(tokenizer).to_str().encode())
+
+
+def whole_texts(tokenizer: Any) -> Any:
+    """The tokenizer itself, set as transformers sets it before each call: nothing cut, nothing padded.
+
+    Some are saved with either, and any call of transformers may switch them on.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 class Encoder:
@@ -130,18 +139,10 @@ class Encoder:
 
     def _encode_batch(self, records: list[Record], *, add_special_tokens: bool) -> Iterator[Encoded]:
         rendered = [self._render(record) for record in records]
-        backend = self._backend()
-        encodings = backend.encode_batch([item.text for item in rendered], add_special_tokens=add_special_tokens)
+        texts = [item.text for item in rendered]
+        encodings = whole_texts(self._tokenizer).encode_batch(texts, add_special_tokens=add_special_tokens)
         for record, item, encoding in zip(records, rendered, encodings, strict=True):
             yield Encoded(record, self._sequence(record, item, encoding))
-
-    def _backend(self) -> Any:
-        """The tokenizer itself, set as transformers sets it before each call: nothing cut, nothing padded."""
-        backend = self._tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = self._tokenizer.split_special_tokens
-        return backend
 
     def _render(self, record: Record) -> Rendered:
         if record.text is not None:

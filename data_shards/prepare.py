@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 from data_shards import manifest as manifests
 from data_shards.audit_batch import TokenizerFacts
@@ -71,20 +72,39 @@ def prepare(
     parts = fingerprint_parts(config, encoder, corpus)
     fingerprint = fingerprint_of(parts)
     location = root.child(fingerprint)
-    with _alone(root, fingerprint, report):
-        found = _already(location, report)
-        is_new = found is None
-        if found is None:
-            location.remove_leftovers()
-            written = _write_windows(config, encoder, location, corpus, write or write_tasks, report)
-            splits = _splits(config, location, written, report)
-            write_audit(location, (receipt.audit for _, receipt in written), splits, config.seq_len, encoder)
-            found = Prepared(location, DatasetManifest(fingerprint, config.seq_len, splits, parts))
-            location.write(manifests.MANIFEST, [found.manifest.to_bytes()])
-            report(f"data: prepared at {location.uri}")
-        _remove_receipts(location)
+    found = _already(location, report)
+    is_new = found is None
+    if found is None or location.list(FOLDER):  # receipts behind a manifest: killed just then
+        with _alone(root, fingerprint, report):
+            found = _already(location, _silent)  # perhaps by whom we waited for
+            if found is None:
+                found = _make(config, encoder, location, corpus, parts, write or write_tasks, report)
+            _remove_receipts(location)
     check_audit(location, config.audit, report, tell=is_new)
     return found
+
+
+def _make(
+    config: DataConfig,
+    encoder: Encoder,
+    location: Storage,
+    corpus: Corpus,
+    parts: dict[str, Any],
+    write: WriteTasks,
+    report: Report,
+) -> Prepared:
+    location.remove_leftovers()
+    written = _write_windows(config, encoder, location, corpus, write, report)
+    splits = _splits(config, location, written, report)
+    write_audit(location, (receipt.audit for _, receipt in written), splits, config.seq_len, encoder)
+    made = Prepared(location, DatasetManifest(fingerprint_of(parts), config.seq_len, splits, parts))
+    location.write(manifests.MANIFEST, [made.manifest.to_bytes()])
+    report(f"data: prepared at {location.uri}")
+    return made
+
+
+def _silent(line: str) -> None:
+    """It was said already."""
 
 
 def _already(location: Storage, report: Report) -> Prepared | None:

@@ -3,6 +3,7 @@ loss of a node, refused."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -12,10 +13,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,9 +58,26 @@ class Cluster:
             end_session(process, signal.SIGKILL)
             shutil.rmtree(temp, ignore_errors=True)
 
+    def ask(self, path: str) -> Any:
+        """Of the Jobs API; the command line takes seconds of a core to ask."""
+        request = urllib.request.Request(
+            f"{self.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/{path}",
+            headers={"Authorization": f"Bearer {self.environment['RAY_AUTH_TOKEN']}"},
+        )
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    def is_up(self) -> bool:
+        with suppress(OSError):
+            return isinstance(self.ask(""), list)
+        return False
+
+    def logs(self, job: str) -> str:
+        return str(self.ask(f"{job}/logs")["logs"])
+
     def wait_for_log(self, job: str, pattern: str, timeout_s: float = 180) -> re.Match[str]:
         deadline = time.monotonic() + timeout_s
-        while not (found := re.search(pattern, logs := self.ray("job", "logs", job).stdout)):
+        while not (found := re.search(pattern, logs := self.logs(job))):
             assert time.monotonic() < deadline and "baton:" not in logs, f"no {pattern!r} in:\n{logs}"
             time.sleep(1)
         return found
@@ -98,7 +118,7 @@ def cluster() -> Iterator[Cluster]:
     made = Cluster(f"127.0.0.1:{port}", env)
     try:
         deadline = time.monotonic() + 90
-        while made.ray("job", "list").returncode != 0:
+        while not made.is_up():
             assert head.poll() is None and time.monotonic() < deadline, "the head node did not come up"
             time.sleep(1)
         yield made
@@ -140,7 +160,7 @@ def test_stopped_job_resumes_from_an_edited_tree(cluster: Cluster, inputs: list[
     assert "was stopped" in cluster.ray("job", "status", first).stdout
     time.sleep(2)
     again = cluster.submit(*inputs, tree=edited_tree(tmp_path))
-    logs = cluster.ray("job", "logs", job_id(again.stdout + again.stderr)).stdout
+    logs = cluster.logs(job_id(again.stdout + again.stderr))
     assert again.returncode == 0, logs
     resumed = int(re.search(r"resuming from step (\d+)", logs)[1])  # type: ignore[index]
     assert 10 <= resumed < STEPS
