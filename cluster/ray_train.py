@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -55,7 +56,12 @@ def connect(slots: int) -> bool:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Without a dashboard Ray Train warns each second that it can't ask it; only errors are worth a line here.
     quiet = ray.LoggingConfig(log_level="ERROR")
+    level, handlers = logging.root.level, list(logging.root.handlers)
     ray.init(address="local", num_cpus=slots, include_dashboard=False, logging_config=quiet, logging_level="ERROR")
+    # Ray sets that level for everybody, and our own warnings, of a storage that fails, would be lost.
+    logging.root.setLevel(level)
+    logging.root.handlers[:] = handlers
+    logging.getLogger("ray").setLevel(logging.ERROR)
     return True
 
 

@@ -162,6 +162,8 @@ def _split(record: Record, role: str, config: DataConfig) -> str:
         return role
     if config.split.folds is not None:
         return split_of_fold(record.digest(), config.split.folds, config.split.fold)
+    if not config.validation_fraction:
+        return TRAIN  # its position need not be worked out
     return split_of(record.split_position(), config.validation_fraction)
 
 

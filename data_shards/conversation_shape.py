@@ -45,17 +45,15 @@ class Shape:
 
     def bounds(self, text: str, contents: Sequence[str], turns: Sequence[int]) -> list[tuple[int, int]] | None:
         """``[start, stop)`` of each of ``turns`` in ``text``, or None where this is not the text's shape."""
+        places = [self.turns.get(turn) for turn in turns]
         printed = [contents[slot] for slot in self.slots]
-        if not all(turn in self.turns for turn in turns):
-            return None
         pieces = [""] * (2 * len(printed) + 1)
         pieces[::2], pieces[1::2] = self.literals, printed
-        if text != "".join(pieces):
+        if None in places or text != "".join(pieces):
             return None
         before = list(accumulate(map(len, printed), initial=0))  # [S + 1] characters of contents
         found = [
-            (before[start.slot] + start.offset, before[stop.slot] + stop.offset)
-            for start, stop in map(self.turns.__getitem__, turns)
+            (before[start.slot] + start.offset, before[stop.slot] + stop.offset) for start, stop in filter(None, places)
         ]
         return found if all(start < stop for start, stop in found) else None
 

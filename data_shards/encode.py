@@ -3,15 +3,14 @@
 Nearly all of the time should be the tokenizer's. On GSM8K with a byte-level BPE of 25,000 entries, one core, as shares
 of what ``encode_batch`` takes: three renderings a record through transformers 45%, one of the compiled template under
 10%; all offsets as an array 15%, the two ends of a span from the encoding 0.5%. Hence one rendering a record
-(``chat_template.py``), and offsets only where a token reaches over a span's start. The size of the batches makes no
-difference between 16 and 4,000.
+(``chat_template.py``), and offsets only where a token reaches over a span's start.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +25,8 @@ from data_shards.records import Record
 from data_shards.storage import sha256
 from data_shards.turn_bounds import CannotMask
 
-_BATCH = 256
+_BATCH_CHARACTERS = 1_000_000
+"""of text to tokenize at once; the tokenizer's results take some 100 bytes a token"""
 
 
 class Encoded(NamedTuple):
@@ -134,15 +134,11 @@ class Encoder:
         """
         # Template text has its special tokens in it already; plain text gets what the tokenizer adds by itself.
         for is_text, alike in groupby(records, key=lambda record: record.text is not None):
-            while batch := list(islice(alike, _BATCH)):
-                yield from self._encode_batch(batch, add_special_tokens=is_text)
-
-    def _encode_batch(self, records: list[Record], *, add_special_tokens: bool) -> Iterator[Encoded]:
-        rendered = [self._render(record) for record in records]
-        texts = [item.text for item in rendered]
-        encodings = whole_texts(self._tokenizer).encode_batch(texts, add_special_tokens=add_special_tokens)
-        for record, item, encoding in zip(records, rendered, encodings, strict=True):
-            yield Encoded(record, self._sequence(record, item, encoding))
+            for batch in _batches((record, self._render(record)) for record in alike):
+                texts = [rendered.text for _, rendered in batch]
+                encodings = whole_texts(self._tokenizer).encode_batch(texts, add_special_tokens=is_text)
+                for (record, rendered), encoding in zip(batch, encodings, strict=True):
+                    yield Encoded(record, self._sequence(record, rendered, encoding))
 
     def _render(self, record: Record) -> Rendered:
         if record.text is not None:
@@ -193,6 +189,20 @@ class Encoder:
         if not trained[1:].any():
             raise record.error(f"none of its {len(ids)} tokens would be trained, so it teaches nothing")
         return sequence
+
+
+def _batches(rendered: Iterable[tuple[Record, Rendered]]) -> Iterator[list[tuple[Record, Rendered]]]:
+    """In order, each with just enough characters, or what is left."""
+    batch: list[tuple[Record, Rendered]] = []
+    characters = 0
+    for item in rendered:
+        batch.append(item)
+        characters += len(item[1].text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def trained_tokens(encoding: Any, rendered: Rendered) -> np.ndarray:

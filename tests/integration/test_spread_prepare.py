@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +68,10 @@ def test_bad_line_is_named_and_what_was_done_is_kept(ray_cluster: None, tmp_path
     (folder,) = (path.parent for path in root.glob("*/manifest.json"))
     (local,) = (path.parent for path in (tmp_path / "local").glob("*/manifest.json"))
     assert contents(folder) == contents(local)
+
+
+def test_ray_leaves_our_warnings_alone(ray_cluster: None) -> None:
+    assert logging.getLogger("data_shards.shard_reader").isEnabledFor(logging.WARNING)
 
 
 def test_deduplication_is_refused(ray_cluster: None, tmp_path: Path) -> None:
