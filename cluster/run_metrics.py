@@ -270,7 +270,7 @@ class DurableMetrics:
                 figures, state = self.metrics.snapshot()
             self._storage.write(FILE, [figures.to_bytes()])
         except OSError as error:
-            self._complain(f"{self._storage.uri}/{FILE} can't be written ({error}); counters stand still meanwhile")
+            self._complain(f"{self._storage.uri_of(FILE)} can't be written ({error}); counters stand still meanwhile")
             shown = figures.copy()
             shown.counters, shown.step_seconds = self._saved.counters, self._saved.step_seconds
             return shown, state
@@ -280,7 +280,7 @@ class DurableMetrics:
 
     def _read(self) -> Figures | None:
         try:
-            return Figures.from_bytes(self._storage.read(FILE), f"{self._storage.uri}/{FILE}")
+            return Figures.from_bytes(self._storage.read(FILE), self._storage.uri_of(FILE))
         except FileNotFoundError:
             return None
         except CorruptFile as error:

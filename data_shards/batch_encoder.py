@@ -78,9 +78,8 @@ class BatchEncoder:
 
     def __call__(self, job: BatchJob) -> EncodedBatch:
         encoder = self._encoders[job.source_batch.source.chat_template]
-        encoded = {
-            split: list(encoder.encode(records)) for split, records in records_by_split(job, self._config).items()
-        }
+        records = records_by_split(job.source_batch, job.role, self._config)
+        encoded = {split: list(encoder.encode(found)) for split, found in records.items()}
         audit = (
             AuditPart.of(map(self._judged, items), split, self._facts, self._limits) for split, items in encoded.items()
         )
@@ -148,12 +147,12 @@ def audit_limits(config: DataConfig) -> AuditLimits:
     )
 
 
-def records_by_split(job: BatchJob, config: DataConfig) -> dict[str, list[Record]]:
+def records_by_split(source_batch: SourceBatch, role: str, config: DataConfig) -> dict[str, list[Record]]:
     """A batch's records, cleaned, in their order. Raises DataError with file and line."""
     found: dict[str, list[Record]] = {}
-    for record in job.source_batch.records():
+    for record in source_batch.records():
         cleaned = clean(record, config.cleaning)
-        found.setdefault(_split(cleaned, job.role, config), []).append(cleaned)
+        found.setdefault(_split(cleaned, role, config), []).append(cleaned)
     return dict(sorted(found.items()))
 
 

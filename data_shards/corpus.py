@@ -7,7 +7,7 @@ from typing import Any
 
 from data_shards import manifest as manifests
 from data_shards import signed_json
-from data_shards.batch_encoder import BatchJob, records_by_split
+from data_shards.batch_encoder import records_by_split
 from data_shards.config import DataConfig
 from data_shards.encode import Encoder
 from data_shards.record import Record
@@ -52,17 +52,15 @@ class Corpus:
             for role, source, files in self.sources
         ]
 
-    def size(self) -> int:
-        """Bytes."""
-        return sum(file.size for _, _, files in self.sources for file in files)
-
 
 def fingerprint_parts(config: DataConfig, encoder: Encoder, corpus: Corpus | None = None) -> dict[str, Any]:
     """Everything that the packs and their order depend on. Weights of sources are not in it: shards stay the same."""
-    own = {template: each.identity()["template"] for template, each in encoders_of(config, encoder).items() if template}
+    corpus = corpus or Corpus(config)
+    encoders = encoders_of(config, encoder)
+    templates = [encoders[source.chat_template].identity()["template"] for _, source, _ in corpus.sources]
     return {
-        "sources": (corpus or Corpus(config)).identity(),
-        "encoding": encoder.identity() | {"own_templates": sorted(own.values())},
+        "sources": [source | {"template": text} for source, text in zip(corpus.identity(), templates, strict=True)],
+        "encoding": encoder.identity(),
         "options": config.model_dump(mode="json", include=set(_OPTIONS)),
         "format_version": manifests.VERSION,
         "sampler_version": SAMPLER_VERSION,
@@ -89,4 +87,4 @@ def records_of(config: DataConfig, split: str) -> Iterator[Record]:
     for role, sources in config.sources().items():
         for source in sources:
             for source_batch in source_batches(source):
-                yield from records_by_split(BatchJob(0, role, source_batch), config).get(split, [])
+                yield from records_by_split(source_batch, role, config).get(split, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,13 +24,14 @@ from data_shards.manifest import DatasetManifest, SourceEntry, SplitEntry
 from data_shards.processes import ordered_map
 from data_shards.row_counts import write_counts
 from data_shards.shard_reader import read_dataset_manifest
-from data_shards.splits import TRAIN, VALIDATION
+from data_shards.splits import TEST, TRAIN, VALIDATION
 from data_shards.storage import Storage
 from data_shards.windows import (
     FOLDER,
     Receipt,
     Task,
     WindowWriter,
+    added_up,
     all_receipts,
     jobs_of,
     plan_tasks,
@@ -38,7 +40,6 @@ from data_shards.windows import (
 
 __all__ = ["TRAIN", "VALIDATION", "Prepared", "prepare"]
 
-TEST = "test"
 _BYTES_PER_PROCESS = 16 << 20
 """Of source, before another process pays for its start, some three seconds."""
 _TELL_EVERY_S = 10.0
@@ -212,19 +213,16 @@ def _split_entry(
     found = [(task, receipt.splits[name]) for task, receipt in written if name in receipt.splits]
     windows = [window for _, window in found]
     counts = [count for window in windows for count in window.row_counts]
-    rows: dict[str, int] = {}
-    dropped: dict[str, int] = {}
+    rows: Counter[str] = Counter()
     for task, window in found:
-        rows[task.source.name] = rows.get(task.source.name, 0) + len(window.row_counts)
-        for reason, number in window.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + number
+        rows[task.source.name] += len(window.row_counts)
     entry = SplitEntry(
         shards=tuple(shard for window in windows for shard in window.shards),
         rows=len(counts),
         records=sum(window.records for window in windows),
         tokens=sum(window.tokens for window in windows),
         trained_tokens=sum(counts),
-        dropped=dropped,
+        dropped=added_up(window.dropped for window in windows),
         truncated=sum(window.truncated for window in windows),
         sources=tuple(SourceEntry(*item) for item in rows.items()),
         counts=write_counts(location, name, counts),

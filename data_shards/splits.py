@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-TRAIN, VALIDATION = "train", "validation"
+TRAIN, VALIDATION, TEST = "train", "validation", "test"
 
 
 def split_of(position: float, validation_fraction: float) -> str:

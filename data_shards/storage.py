@@ -121,12 +121,19 @@ class Storage:
             raise BadInput(f"storage {uri!r} can't be used: {error}. Give a path, s3://… or gs://…") from error
         return cls(uri, filesystem, base, patience)
 
+    @classmethod
+    def holding(cls, uri: str) -> tuple[Storage, str]:
+        """The folder that something lies in, and its name there: of a URI that ``uri_of`` made."""
+        place, mark, options = _parted(uri)
+        folder, _, name = place.rpartition("/")
+        return cls.at(folder + mark + options), name
+
     def child(self, relative: str) -> Storage:
         return Storage(self.uri_of(relative), self._filesystem, self._full(relative), self._patience)
 
     def uri_of(self, relative: str) -> str:
         """The full name of something in here; a store's options (``s3://…?endpoint_override=…``) stay at its end."""
-        place, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
+        place, mark, options = _parted(self.uri)
         return f"{place.rstrip('/')}/{relative}{mark}{options}"
 
     @property
@@ -243,6 +250,11 @@ class Storage:
 
     def delete_tree(self, relative: str) -> None:
         self.retrying(lambda: self._filesystem.delete_dir(self._full(relative)), "deleting", relative)
+
+
+def _parted(uri: str) -> tuple[str, str, str]:
+    """A place, a question mark and a store's options; the last two are empty where it has none."""
+    return uri.partition("?") if "://" in uri else (uri, "", "")
 
 
 def _copy(chunks: Iterable[Any], hasher: BlockHasher, write: Callable[[memoryview], Any]) -> None:

@@ -9,7 +9,8 @@ of processes, writes the same bytes. Receipts are gone once the dataset's manife
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -168,6 +169,7 @@ class WindowWriter:
         self._config = config
         self._receipts = receipts
         self._open: list[EncodedBatch] = []
+        self._open_tokens = 0
         self._seen: dict[str, set[bytes]] = {}
         for chain in receipts.values():
             for receipt in chain:
@@ -178,20 +180,18 @@ class WindowWriter:
         """The next batch of the task whose batches are open, or the first of another."""
         if self._open and self._open[-1].job.task != encoded.job.task:
             self._close(last=True)
-        elif self._tokens() >= self._config.max_shard_tokens:
+        elif self._open_tokens >= self._config.max_shard_tokens:
             self._close(last=False)
         self._open.append(encoded)
+        self._open_tokens += sum(len(part.input_ids) for part in encoded.splits.values())
 
     def finish(self) -> None:
         """After the last batch of the last task."""
         if self._open:
             self._close(last=True)
 
-    def _tokens(self) -> int:
-        return sum(len(part.input_ids) for encoded in self._open for part in encoded.splits.values())
-
     def _close(self, *, last: bool) -> None:
-        batches, self._open = self._open, []
+        batches, self._open, self._open_tokens = self._open, [], 0
         task = batches[0].job.task
         chain = self._receipts.setdefault(task, [])
         splits, digests = {}, {}
@@ -227,10 +227,6 @@ class WindowWriter:
 
 def _joined(parts: Sequence[SplitPart]) -> SplitPart:
     first_record = np.cumsum([0, *(part.num_records for part in parts)])
-    dropped: dict[str, int] = {}
-    for part in parts:
-        for reason, count in part.dropped.items():
-            dropped[reason] = dropped.get(reason, 0) + count
     return SplitPart(
         np.concatenate([part.input_ids for part in parts]),
         np.concatenate([part.trained for part in parts]),
@@ -238,9 +234,17 @@ def _joined(parts: Sequence[SplitPart]) -> SplitPart:
         np.concatenate([part.record_of + first for part, first in zip(parts, first_record, strict=False)]),
         tuple(digest for part in parts for digest in part.digests),
         int(first_record[-1]),
-        dropped,
+        added_up(part.dropped for part in parts),
         sum(part.truncated for part in parts),
     )
+
+
+def added_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """Sums by key, keys in the order in which they came."""
+    total: Counter[str] = Counter()
+    for each in counts:
+        total.update(each)
+    return dict(total)
 
 
 def without_repeats(part: SplitPart, seen: set[bytes]) -> SplitPart:

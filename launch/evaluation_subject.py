@@ -75,7 +75,7 @@ def checkpoint_subject(config: Config, base: Path, step: int | None) -> Subject:
         }
     )
     trainer = _with(config.trainer(), was_training.method, was_training.lora, at_commit(model, base))
-    uri = f"{run.checkpoints.uri}/{ref.name}"
+    uri = run.checkpoints.uri_of(ref.name)
     return Subject(
         f"step {ref.step} of {config.run.name}",
         f"step-{ref.step:08d}",

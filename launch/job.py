@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_j
 from trainer.worker import total_rows, versions
 
 _BATCH_KEY = "training.global_batch"
+_AT_STEP = re.compile(r"(.+)@(\d+)")
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,14 @@ class Job:
 
 def find_init(init_from: str) -> str:
     """``<run folder>[@step]`` to the URI of a checkpoint. Raises BadInput where there is none."""
-    folder, _, step = init_from.partition("@")
+    named = _AT_STEP.fullmatch(init_from)
+    folder, step = named.groups() if named else (init_from, None)
     run = RunDirectory.at(folder)
-    found = [ref for ref in run.usable_checkpoints() if not step or str(ref.step) == step]
+    found = [ref for ref in run.usable_checkpoints() if step is None or ref.step == int(step)]
     if not found:
         there = ", ".join(str(ref.step) for ref in run.usable_checkpoints()) or "none"
         raise BadInput(f"init_from={init_from!r}: no such checkpoint; committed steps there: {there}")
-    return f"{run.checkpoints.uri}/{found[-1].name}"
+    return run.checkpoints.uri_of(found[-1].name)
 
 
 def check_length(config: Config, hf_config: Any) -> None:

@@ -79,7 +79,7 @@ def _receipt(rank: int) -> str:
 
 def _read_receipt(target: Storage, rank: int) -> FileEntry:
     try:
-        return FileEntry.from_json(json.loads(target.read(_receipt(rank))), f"{target.uri}/{_receipt(rank)}")
+        return FileEntry.from_json(json.loads(target.read(_receipt(rank))), target.uri_of(_receipt(rank)))
     except FileNotFoundError as error:
         raise BatonError(
             f"{target.uri}: rank 0 does not see what rank {rank} wrote. All nodes must share the storage: set "
@@ -148,12 +148,12 @@ class SliceReader:
 def read_manifest(checkpoints: Storage, name: str) -> CheckpointRef:
     """Raises FileNotFoundError where nothing was committed, CorruptFile where manifest or a file's size is wrong."""
     directory = checkpoints.child(name)
-    manifest = CheckpointManifest.from_bytes(directory.read(MANIFEST), f"{directory.uri}/{MANIFEST}")
+    manifest = CheckpointManifest.from_bytes(directory.read(MANIFEST), directory.uri_of(MANIFEST))
     for entry in manifest.files:
         size = directory.size(entry.path)
         if size != entry.size:
             problem = "is missing" if size is None else f"has {size} bytes"
-            raise CorruptFile(f"{directory.uri}/{entry.path} {problem}; its manifest says {entry.size} bytes")
+            raise CorruptFile(f"{directory.uri_of(entry.path)} {problem}; its manifest says {entry.size} bytes")
     return CheckpointRef(name, manifest)
 
 

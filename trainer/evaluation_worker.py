@@ -41,8 +41,7 @@ def stored_weights(spec: WorkerSpec, task: EvaluationTask, wanted: Shapes) -> It
         with _adapter_weights(Path(task.adapter), wanted) as weights:
             yield weights
     elif spec.init_from is not None:
-        folder, _, name = spec.init_from.rpartition("/")
-        ref = checkpoint.read_manifest(Storage.at(folder), name)
+        ref = checkpoint.read_manifest(*Storage.holding(spec.init_from))
         entries = {entry.name: entry for entry in ref.manifest.parameters}
         with SliceReader(Storage.at(spec.init_from), ref) as reader:
 

@@ -39,7 +39,7 @@ def read_json(storage: Storage, relative: str) -> Any:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise CorruptFile(f"{storage.uri}/{relative}: not valid JSON ({error})") from error
+        raise CorruptFile(f"{storage.uri_of(relative)}: not valid JSON ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class TensorFile:
 
     def __init__(self, storage: Storage, entry: FileEntry) -> None:
         self._reader = VerifiedReader(storage, entry)
-        self._where = f"{storage.uri}/{entry.path}"
+        self._where = storage.uri_of(entry.path)
         length = int.from_bytes(self._reader.read(0, 8), "little")
         if length > min(_MAX_HEADER_BYTES, entry.size - 8):
             raise CorruptFile(f"{self._where}: not a safetensors file (header of {length} bytes)")

@@ -64,8 +64,7 @@ def restore(engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec) -> Checkpoi
         checkpoint.load(engine, run.checkpoints, ref)
         return ref.manifest
     if spec.init_from is not None:
-        folder, _, name = spec.init_from.rpartition("/")
-        source = Storage.at(folder)
+        source, name = Storage.holding(spec.init_from)
         checkpoint.load(engine, source, checkpoint.read_manifest(source, name), weights_only=True)
     return None
 

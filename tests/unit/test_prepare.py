@@ -52,7 +52,7 @@ def write_records(path: Path, records: list[dict[str, str]]) -> str:
     return str(path)
 
 
-def config_of(train: str, **options: Any) -> DataConfig:
+def config_of(train: Any, **options: Any) -> DataConfig:
     return DataConfig(**({"train": train, "seq_len": SEQ_LEN} | options))
 
 
@@ -241,6 +241,18 @@ def test_fingerprint_changes_with_content_template_tokenizer_and_stops(train: st
     write_records(Path(train), [*pairs(59), {"question": "59", "answer": "other"}])
     seen.append(run(config, tmp_path / "root").manifest.fingerprint)
     assert len(set(seen)) == 5
+
+
+def test_fingerprint_knows_which_source_has_which_template(train: str, tmp_path: Path) -> None:
+    other = tmp_path / "other.jinja"
+    other.write_text(families.CHATML_TEMPLATE.replace("<|im_end|>", " <|im_end|>"), encoding="utf-8")
+    own = {"chat_template": str(other)}
+    first, second = (
+        run(config_of([{"name": "a", "path": train} | a, {"name": "b", "path": train} | b]), tmp_path / "root")
+        for a, b in ((own, {}), ({}, own))
+    )
+    assert first.manifest.fingerprint != second.manifest.fingerprint
+    assert sorted(read_keys(first)) == sorted(read_keys(second))
 
 
 def test_split_is_by_record_and_adding_records_moves_none(tmp_path: Path) -> None:

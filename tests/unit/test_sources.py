@@ -379,7 +379,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "unknown extension by a glob": ("d/*", "its name does not say what is in it"),
     "folder without data": ("empty", "no data file in this folder"),
     "folder of several kinds": ("mixed", r"several kinds (1 csv, 2 jsonl); say which by a glob"),
-    "question mark in a URI": ("file:///d/?.jsonl", "as a wildcard use * or [abc]"),
+    "question mark in a URI": ("s3://bucket/?.jsonl", "as a wildcard use * or [abc]"),
     "unknown scheme": ("ftp9://host/x.jsonl", "can't be used"),
 }
 

@@ -127,6 +127,8 @@ def test_options_of_a_store_stay_at_the_end_of_its_names() -> None:
     assert below.uri == "s3://bucket/runs/a/b?region=us-east-1&endpoint_override=127.0.0.1:1"
     assert Storage.at(below.uri) == below
     assert Storage.at("/data/what?").child("x").uri == "/data/what?/x"
+    assert Storage.holding(below.uri) == (storage.child("a"), "b")
+    assert Storage.holding("/data/what?/x") == (Storage.at("/data/what?"), "x")
 
 
 def test_sizes_come_with_one_listing(tmp_path: Path) -> None:
