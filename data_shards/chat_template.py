@@ -32,6 +32,10 @@ class Rendered(NamedTuple):
     spans: tuple[Span, ...]
     """``[start, stop)`` characters to learn, stop token included, in order"""
 
+    @property
+    def is_whole(self) -> bool:
+        return self.spans == ((0, len(self.text)),)
+
 
 def fix_date(template: str, date: datetime.date) -> str:
     """The template with every ``strftime_now("…")`` replaced by the text that it gives on ``date``.

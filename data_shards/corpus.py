@@ -57,7 +57,7 @@ def fingerprint_parts(config: DataConfig, encoder: Encoder, corpus: Corpus | Non
     """Everything that the packs and their order depend on. Weights of sources are not in it: shards stay the same."""
     corpus = corpus or Corpus(config)
     encoders = encoders_of(config, encoder)
-    templates = [encoders[source.chat_template].identity()["template"] for _, source, _ in corpus.sources]
+    templates = [encoders[source.chat_template].template_hash for _, source, _ in corpus.sources]
     return {
         "sources": [source | {"template": text} for source, text in zip(corpus.identity(), templates, strict=True)],
         "encoding": encoder.identity(),

@@ -1,9 +1,7 @@
-"""Records to token ids and what is trained, through the tokenizer's own offsets.
+"""Records to token ids and what is trained, through one rendering a record (``chat_template.py``).
 
-Nearly all of the time should be the tokenizer's. On GSM8K with a byte-level BPE of 25,000 entries, one core, as shares
-of what ``encode_batch`` takes: three renderings a record through transformers 45%, one of the compiled template under
-10%; all offsets as an array 15%, the two ends of a span from the encoding 0.5%. Hence one rendering a record
-(``chat_template.py``), and offsets only where a token reaches over a span's start.
+Three renderings through transformers would take 45% of what the tokenizer takes (on GSM8K), one of the compiled
+template under 10%.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from data_shards import signed_json
 from data_shards.chat_template import ChatTemplate, Rendered, taught_turns
 from data_shards.config import DataConfig
 from data_shards.errors import DataError
+from data_shards.masked_tokenizer import MaskedTokenizer, whole_texts
 from data_shards.pack import Sequence
 from data_shards.records import Record
 from data_shards.storage import sha256
@@ -65,18 +64,6 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return sha256(whole_texts(tokenizer).to_str().encode())
 
 
-def whole_texts(tokenizer: Any) -> Any:
-    """The tokenizer itself, set as transformers sets it before each call: nothing cut, nothing padded.
-
-    Some are saved with either, and any call of transformers may switch them on.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    return backend
-
-
 class Encoder:
     """Turns records into sequences with one tokenizer, template and set of options."""
 
@@ -92,6 +79,7 @@ class Encoder:
             require_stop=config.require_stop_token,
         )
         self._stops = stops
+        self._masked = MaskedTokenizer(tokenizer)
 
     @property
     def tokenizer(self) -> Any:
@@ -101,6 +89,10 @@ class Encoder:
     def stops(self) -> list[str]:
         """Texts of the tokens that end a turn."""
         return self._stops
+
+    @property
+    def template_hash(self) -> str:
+        return sha256((self._template_text or "").encode())
 
     def with_template(self, path: str) -> Encoder:
         """The same but for the chat template, which a source may have of its own."""
@@ -121,7 +113,7 @@ class Encoder:
         return {
             "tokenizer": tokenizer_identity(self._tokenizer),
             "special_tokens": sha256(signed_json.canonical(dict(self._tokenizer.special_tokens_map))),
-            "template": sha256((self._template_text or "").encode()),
+            "template": self.template_hash,
             "stop_tokens": self._stops,
             "template_date": self._config.template_date.isoformat(),
             "train_on": self._config.train_on.value,
@@ -135,10 +127,9 @@ class Encoder:
         # Template text has its special tokens in it already; plain text gets what the tokenizer adds by itself.
         for is_text, alike in groupby(records, key=lambda record: record.text is not None):
             for batch in _batches((record, self._render(record)) for record in alike):
-                texts = [rendered.text for _, rendered in batch]
-                encodings = whole_texts(self._tokenizer).encode_batch(texts, add_special_tokens=is_text)
-                for (record, rendered), encoding in zip(batch, encodings, strict=True):
-                    yield Encoded(record, self._sequence(record, rendered, encoding))
+                sequences = self._masked.encode([rendered for _, rendered in batch], add_special_tokens=is_text)
+                for (record, _), sequence in zip(batch, sequences, strict=True):
+                    yield Encoded(record, self._checked(record, sequence))
 
     def _render(self, record: Record) -> Rendered:
         if record.text is not None:
@@ -175,20 +166,15 @@ class Encoder:
             return f"its weights leave no assistant turn to train_on={self._config.train_on}, so it trains on nothing"
         return "the template marks no assistant text in this conversation, so it trains on nothing"
 
-    def _sequence(self, record: Record, rendered: Rendered, encoding: Any) -> Sequence:
-        ids = np.array(encoding.ids, np.int32)  # [T]
-        if record.text is not None:
-            eos = self._tokenizer.eos_token_id
-            if eos is not None and (not len(ids) or ids[-1] != eos):
-                ids = np.append(ids, np.int32(eos))
-        if rendered.spans == ((0, len(rendered.text)),):
-            trained = np.ones(len(ids), bool)  # [T]: tokens that cover no character, too
-        else:
-            trained = trained_tokens(encoding, rendered)
-        sequence = Sequence(ids, trained)
+    def _checked(self, record: Record, sequence: Sequence) -> Sequence:
+        """With an eos token behind plain text that has none."""
+        ids, trained = sequence
+        eos = self._tokenizer.eos_token_id
+        if record.text is not None and eos is not None and (not len(ids) or ids[-1] != eos):
+            ids, trained = np.append(ids, np.int32(eos)), np.append(trained, True)
         if not trained[1:].any():
             raise record.error(f"none of its {len(ids)} tokens would be trained, so it teaches nothing")
-        return sequence
+        return Sequence(ids, trained)
 
 
 def _batches(rendered: Iterable[tuple[Record, Rendered]]) -> Iterator[list[tuple[Record, Rendered]]]:
@@ -203,42 +189,3 @@ def _batches(rendered: Iterable[tuple[Record, Rendered]]) -> Iterator[list[tuple
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def trained_tokens(encoding: Any, rendered: Rendered) -> np.ndarray:
-    """Which tokens overlap the spans. ``encoding`` is a ``tokenizers.Encoding`` of T tokens; returns bool ``[T]``."""
-    trained = np.zeros(len(encoding), bool)
-    for start, stop in rendered.spans:
-        if (tokens := _token_range(encoding, start, stop)) is None:
-            return trained_by_offsets(np.array(encoding.offsets, np.int64).reshape(-1, 2), rendered)
-        trained[tokens[0] : tokens[1]] = True
-    return trained
-
-
-def _token_range(encoding: Any, start: int, stop: int) -> tuple[int, int] | None:
-    """Tokens ``[first, last)`` that overlap characters ``[start, stop)``, or None where offsets must be looked at.
-
-    Offsets never go backwards: a normaliser gives each character the place of the one that it was made of, in order
-    (``NormalizedString::transform_range`` in tokenizers' normalizer.rs).
-    """
-    first, last = encoding.char_to_token(start), encoding.char_to_token(stop - 1)
-    if first is None or last is None or encoding.token_to_chars(first)[0] < start:
-        return None
-    last += 1
-    # A character of several bytes may have several tokens.
-    while (characters := encoding.token_to_chars(last)) is not None and characters[0] < stop:
-        last += 1
-    return first, last
-
-
-def trained_by_offsets(offsets: np.ndarray, rendered: Rendered) -> np.ndarray:
-    """The rule itself. ``offsets`` int64 ``[T, 2]``: characters that each token covers; returns bool ``[T]``."""
-    trained = np.zeros(len(offsets), bool)
-    for start, stop in rendered.spans:
-        inside = (offsets[:, 1] > start) & (offsets[:, 0] < stop)
-        # A header's token may take along the blanks that the answer begins with (rstrip, as Phi-3's do).
-        for token in np.flatnonzero(inside & (offsets[:, 0] < start)):
-            before, within = rendered.text[offsets[token, 0] : start], rendered.text[start : offsets[token, 1]]
-            inside[token] = not before.strip() or bool(within.strip())
-        trained |= inside
-    return trained

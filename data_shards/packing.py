@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -32,7 +33,28 @@ class Piece(NamedTuple):
     stop: int
 
 
-def pack(lengths: np.ndarray | Sequence[int], capacity: int, how: Packing) -> list[list[Piece]]:
+@dataclass(frozen=True)
+class Packs:
+    """R packs of P pieces together: pack r holds the pieces ``[bounds[r], bounds[r + 1])``, in this order."""
+
+    index: np.ndarray
+    """int64 [P]: the sequence that a piece is of"""
+    start: np.ndarray
+    """int64 [P]"""
+    stop: np.ndarray
+    """int64 [P]"""
+    bounds: np.ndarray
+    """int64 [R + 1]"""
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __iter__(self) -> Iterator[list[Piece]]:
+        pieces = list(map(Piece, self.index.tolist(), self.start.tolist(), self.stop.tolist()))
+        return (pieces[first:last] for first, last in pairwise(self.bounds.tolist()))
+
+
+def pack(lengths: np.ndarray | Sequence[int], capacity: int, how: Packing) -> Packs:
     """Packs of at most ``capacity`` tokens that together hold every token once.
 
     Args:
@@ -44,14 +66,16 @@ def pack(lengths: np.ndarray | Sequence[int], capacity: int, how: Packing) -> li
     if how == Packing.CONCATENATE:
         return _concatenate(_checked(lengths, capacity, longest=None).tolist(), capacity)
     checked = _checked(lengths, capacity, longest=capacity)
-    sizes: list[int] = checked.tolist()
-    return [[Piece(index, 0, sizes[index]) for index in indices] for indices in _whole(checked, capacity, how)]
+    index, bounds = _whole(checked, capacity, how)
+    return Packs(index, np.zeros_like(index), checked[index], bounds)
 
 
-def _whole(lengths: np.ndarray, capacity: int, how: Packing) -> Iterable[Iterable[int]]:
+def _whole(lengths: np.ndarray, capacity: int, how: Packing) -> tuple[np.ndarray, np.ndarray]:
+    """Index of each sequence, in the packs' order, and ``Packs.bounds``."""
     if how == Packing.BEST_FIT:
-        return best_fit(lengths, capacity)
-    return _next_fit(lengths, capacity) if how == Packing.SEQUENTIAL else ((index,) for index in range(len(lengths)))
+        return _best_fit(lengths, capacity)
+    in_order = np.arange(len(lengths))
+    return in_order, _next_fit(lengths, capacity) if how == Packing.SEQUENTIAL else np.arange(len(lengths) + 1)
 
 
 def _checked(lengths: np.ndarray | Sequence[int], capacity: int, *, longest: int | None) -> np.ndarray:
@@ -74,24 +98,33 @@ def best_fit(lengths: np.ndarray | Sequence[int], capacity: int) -> list[list[in
         Packs as lists of indices into ``lengths``, longest sequence first; together they hold each index once. Of equal
         lengths the lower index is placed first, so the result is a function of ``lengths`` alone.
     """
-    lengths = _checked(lengths, capacity, longest=capacity)
+    index, bounds = _best_fit(_checked(lengths, capacity, longest=capacity), capacity)
+    members = index.tolist()
+    return [members[start:stop] for start, stop in pairwise(bounds.tolist())]
+
+
+def _best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     longest_first = np.argsort(-lengths, kind="stable")
     pack_of = fewest_packs(np.bincount(lengths, minlength=capacity + 1), capacity)  # [n], as longest_first
-    members = longest_first[np.argsort(pack_of, kind="stable")].tolist()
-    bounds = np.cumsum(np.bincount(pack_of)).tolist()
-    return [members[start:stop] for start, stop in pairwise([0, *bounds])]
+    return longest_first[np.argsort(pack_of, kind="stable")], _bounds(np.bincount(pack_of))
 
 
-def _next_fit(lengths: np.ndarray, capacity: int) -> Iterator[range]:
+def _bounds(sizes: np.ndarray) -> np.ndarray:
+    """Of R packs of these numbers of pieces: int64 ``[R + 1]``."""
+    return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def _next_fit(lengths: np.ndarray, capacity: int) -> np.ndarray:
     ends = np.cumsum(lengths).tolist()
-    start = before = 0
-    while start < len(ends):
-        stop = bisect_right(ends, before + capacity, lo=start)
-        yield range(start, stop)
-        start, before = stop, ends[stop - 1]
+    bounds = [0]
+    before = 0
+    while bounds[-1] < len(ends):
+        bounds.append(bisect_right(ends, before + capacity, lo=bounds[-1]))
+        before = ends[bounds[-1] - 1]
+    return np.array(bounds, np.int64)
 
 
-def _concatenate(lengths: list[int], capacity: int) -> list[list[Piece]]:
+def _concatenate(lengths: list[int], capacity: int) -> Packs:
     packs: list[list[Piece]] = []
     room = 0
     for index, length in enumerate(lengths):
@@ -104,7 +137,8 @@ def _concatenate(lengths: list[int], capacity: int) -> list[list[Piece]]:
                 continue
             packs[-1].append(Piece(index, start, start + size))
             start, room = start + size, room - size
-    return packs
+    pieces = np.array(list(chain.from_iterable(packs)), np.int64).reshape(-1, 3)
+    return Packs(pieces[:, 0], pieces[:, 1], pieces[:, 2], _bounds(np.array(list(map(len, packs)), np.int64)))
 
 
 def _cut(left: int, room: int, capacity: int) -> int:

@@ -7,13 +7,14 @@ shorter), so that a row's place is arithmetic.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
 
 from data_shards.manifest import ShardEntry
-from data_shards.pack import Sequence
+from data_shards.packed_tokens import PackedTokens
 from data_shards.storage import Storage
 
 ROWS_PER_BATCH = 256
@@ -27,43 +28,47 @@ SCHEMA = pa.schema(
 )
 
 
-def _list_array(parts: list[np.ndarray], dtype: type) -> pa.ListArray:
-    offsets = np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(parts).astype(dtype)))
+def _list_array(offsets: np.ndarray, values: np.ndarray, dtype: type) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values.astype(dtype)))
 
 
-def _record_batch(packs: list[list[Sequence]]) -> pa.RecordBatch:
+def _record_batch(packed: PackedTokens, first: int, last: int) -> pa.RecordBatch:
+    rows = packed.rows(first, last)
     return pa.RecordBatch.from_arrays(
         [
-            _list_array([np.concatenate([s.input_ids for s in pack]) for pack in packs], np.int32),
-            _list_array([np.concatenate([s.trained for s in pack]) for pack in packs], np.uint8),
-            _list_array([np.array([len(s.input_ids) for s in pack]) for pack in packs], np.int32),
-            pa.array([sum(s.num_targets for s in pack) for pack in packs], pa.int32()),
+            _list_array(rows.offsets, rows.input_ids, np.int32),
+            _list_array(rows.offsets, rows.trained, np.uint8),
+            _list_array(rows.sequence_offsets, rows.sequence_lengths, np.int32),
+            pa.array(packed.num_targets[first:last].astype(np.int32)),
         ],
         schema=SCHEMA,
     )
 
 
-def _shard_bytes(packs: list[list[Sequence]]) -> pa.Buffer:
+def _shard_bytes(packed: PackedTokens, first: int, last: int) -> pa.Buffer:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, SCHEMA) as writer:
-        for start in range(0, len(packs), ROWS_PER_BATCH):
-            writer.write_batch(_record_batch(packs[start : start + ROWS_PER_BATCH]))
+        for start in range(first, last, ROWS_PER_BATCH):
+            writer.write_batch(_record_batch(packed, start, min(start + ROWS_PER_BATCH, last)))
     return sink.getvalue()
 
 
+def _shard_bounds(num_tokens: np.ndarray, max_shard_tokens: int) -> list[int]:
+    """Shard i holds the rows ``[bounds[i], bounds[i + 1])``: as many as fit, at least one. ``num_tokens`` ``[R]``."""
+    ends = np.cumsum(num_tokens)
+    bounds = [0]
+    before = 0
+    while bounds[-1] < len(ends):
+        fitting = int(np.searchsorted(ends, before + max_shard_tokens, side="right"))
+        bounds.append(max(fitting, bounds[-1] + 1))
+        before = int(ends[bounds[-1] - 1])
+    return bounds
+
+
 def write_shards(
-    storage: Storage, stem: str, packs: Iterable[list[Sequence]], max_shard_tokens: int, *, first: int = 0
+    storage: Storage, stem: str, packed: PackedTokens, max_shard_tokens: int, *, first: int = 0
 ) -> Iterator[ShardEntry]:
     """Write ``<stem>-00000.arrow`` (or from number ``first`` on) and so on, and yield their manifest entries."""
-    pending: list[list[Sequence]] = []
-    tokens, number = 0, first
-    for pack in packs:
-        size = sum(len(sequence.input_ids) for sequence in pack)
-        if pending and tokens + size > max_shard_tokens:
-            yield ShardEntry(storage.write(f"{stem}-{number:05d}.arrow", [_shard_bytes(pending)]), len(pending))
-            pending, tokens, number = [], 0, number + 1
-        pending.append(pack)
-        tokens += size
-    if pending:
-        yield ShardEntry(storage.write(f"{stem}-{number:05d}.arrow", [_shard_bytes(pending)]), len(pending))
+    bounds = _shard_bounds(packed.num_tokens, max_shard_tokens)
+    for number, (start, stop) in enumerate(pairwise(bounds), first):
+        yield ShardEntry(storage.write(f"{stem}-{number:05d}.arrow", [_shard_bytes(packed, start, stop)]), stop - start)

@@ -22,7 +22,7 @@ from data_shards.batch_encoder import BatchJob, DropReason, EncodedBatch, SplitP
 from data_shards.config import DataConfig
 from data_shards.errors import CorruptFile
 from data_shards.manifest import ShardEntry, shards_from_json, shards_to_json
-from data_shards.pack import Sequence as TokenSequence
+from data_shards.packed_tokens import PackedTokens
 from data_shards.packing import pack
 from data_shards.records import SourceCursor, source_batches
 from data_shards.shard_writer import write_shards
@@ -211,17 +211,10 @@ class WindowWriter:
         chain.append(receipt)
 
     def _write(self, part: SplitPart, stem: str, first_shard: int) -> WindowSplit:
-        bounds = np.concatenate([[0], np.cumsum(part.lengths)])
-        sequences = [
-            [
-                TokenSequence(part.input_ids[first + start : first + stop], part.trained[first + start : first + stop])
-                for index, start, stop in pieces
-                for first in (int(bounds[index]),)
-            ]
-            for pieces in pack(part.lengths, self._config.seq_len, self._config.packed)
-        ]
-        shards = tuple(write_shards(self._location, stem, sequences, self._config.max_shard_tokens, first=first_shard))
-        counts = tuple(sum(sequence.num_targets for sequence in row) for row in sequences)
+        packs = pack(part.lengths, self._config.seq_len, self._config.packed)
+        packed = PackedTokens(part.input_ids, part.trained, np.cumsum(part.lengths) - part.lengths, packs)
+        shards = tuple(write_shards(self._location, stem, packed, self._config.max_shard_tokens, first=first_shard))
+        counts = tuple(packed.num_targets.tolist())
         return WindowSplit(shards, counts, len(part.input_ids), part.num_records, dict(part.dropped), part.truncated)
 
 

@@ -29,7 +29,7 @@ from tests.integration.conftest import Workshop
 from tests.support.command import Command, RunFiles, Trace, edited_tree, run_here, write_config
 from tests.support.prometheus import DASHBOARD, Prometheus, prometheus, promtool, tool
 
-STEPS, COMMIT_EVERY, BATCH = 40, 10, 6
+STEPS, COMMIT_EVERY, BATCH = 30, 10, 4
 RUN = "disturbed"
 COUNTER_NAMES = [f"{name}_total" for name in (*COUNTERS, STEP_SECONDS)]
 
@@ -38,6 +38,7 @@ COUNTER_NAMES = [f"{name}_total" for name in (*COUNTERS, STEP_SECONDS)]
 def values(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What both runs have in common."""
     values = workshop.values | {
+        "training": {"global_batch": BATCH, "micro_batch": 2, "steps": STEPS},
         "checkpoint": {"every_steps": COMMIT_EVERY, "keep_last": 2},
         "evaluation": {"every_steps": 5},
     }

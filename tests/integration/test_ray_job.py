@@ -138,6 +138,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"run.storage={folder}/runs",
         "cluster.cpus_per_worker=1",
         f"training.steps={STEPS}",
+        "training.global_batch=4",
+        "training.micro_batch=2",
         "training.log_every=1",
         "checkpoint.every_steps=10",
         "evaluation.at_start=false",

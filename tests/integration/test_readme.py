@@ -52,11 +52,12 @@ def folder(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("readme")
     (folder / "data").mkdir()
     for name, source in (("train", "train"), ("held-out", "validation")):
-        (folder / "data" / f"{name}.jsonl").write_bytes((workshop.data / f"{source}.jsonl").read_bytes())
+        lines = (workshop.data / f"{source}.jsonl").read_text().splitlines()[:150]
+        (folder / "data" / f"{name}.jsonl").write_text("\n".join(lines))
     values = yaml.safe_load(blocks("yaml")[0])
     values["model"]["base"] = str(workshop.base)
     values["data"]["seq_len"] = 128
-    values["training"] |= {"global_batch": 16}
+    values["training"] |= {"global_batch": 16, "micro_batch": 4}
     values["cluster"] = {"num_workers": 2, "launcher": "processes"}
     values["run"]["storage"] = str(folder / "runs")
     (folder / "my.yaml").write_text(yaml.safe_dump(values))

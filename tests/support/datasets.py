@@ -6,6 +6,8 @@ import numpy as np
 
 from data_shards.manifest import MANIFEST, DatasetManifest, SourceEntry, SplitEntry
 from data_shards.pack import Sequence
+from data_shards.packed_tokens import PackedTokens
+from data_shards.packing import Packs
 from data_shards.row_counts import write_counts
 from data_shards.shard_writer import write_shards
 from data_shards.storage import Storage
@@ -25,9 +27,21 @@ def random_packs(num_rows: int, seq_len: int, seed: int = 0, *, full: bool = Fal
     return packs
 
 
+def packed(packs: list[list[Sequence]]) -> PackedTokens:
+    sequences = [sequence for pack in packs for sequence in pack]
+    lengths = np.array([len(sequence.input_ids) for sequence in sequences])
+    bounds = np.cumsum([0, *map(len, packs)])
+    return PackedTokens(
+        np.concatenate([sequence.input_ids for sequence in sequences]),
+        np.concatenate([sequence.trained for sequence in sequences]),
+        np.cumsum(lengths) - lengths,
+        Packs(np.arange(len(sequences)), np.zeros_like(lengths), lengths, bounds),
+    )
+
+
 def write_dataset(location: Storage, packs: list[list[Sequence]], seq_len: int, shard_tokens: int) -> DatasetManifest:
     """One split, ``train``, committed."""
-    shards = tuple(write_shards(location, "train", packs, shard_tokens))
+    shards = tuple(write_shards(location, "train", packed(packs), shard_tokens))
     counts = [sum(sequence.num_targets for sequence in pack) for pack in packs]
     split = SplitEntry(
         shards=shards,

@@ -15,8 +15,9 @@ from tokenizers import processors
 from data_shards.chat_template import ChatTemplate, Rendered, between, taught_turns
 from data_shards.config import DataConfig, TrainOn
 from data_shards.conversation_shape import has_constant_prompt
-from data_shards.encode import Encoder, trained_by_offsets, trained_tokens
+from data_shards.encode import Encoder
 from data_shards.errors import DataError
+from data_shards.masked_tokenizer import MaskedTokenizer, trained_by_offsets, trained_tokens
 from data_shards.pack import Sequence
 from data_shards.records import Record
 from data_shards.turn_bounds import CannotMask
@@ -219,6 +220,29 @@ def test_ends_of_spans_give_the_same_tokens_as_all_offsets(family: str, text: st
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     rendered = Rendered(text, spans)
     assert trained_tokens(encoding, rendered).tolist() == trained_by_offsets(offsets, rendered).tolist()
+
+
+spanned = st.tuples(
+    st.lists(contents, min_size=1, max_size=4).map("".join), st.lists(st.integers(0, 60), max_size=6, unique=True)
+)
+
+
+@pytest.mark.parametrize("family", ["chatml", "llama3", "mistral", "qwen3", "trimmed"])
+@settings(max_examples=100, deadline=None)
+@given(batch=st.lists(spanned, max_size=5))
+def test_whatever_way_a_batch_is_masked_the_rule_is_the_same(family: str, batch: list[tuple[str, list[int]]]) -> None:
+    tokenizer = spaced_out_tokenizer() if family == "trimmed" else tokenizer_of(family)
+    rendered = []
+    for text, cuts in batch:
+        places = sorted({min(cut, len(text)) for cut in cuts})
+        rendered.append(Rendered(text, tuple(zip(places[::2], places[1::2], strict=False))))
+    found = MaskedTokenizer(tokenizer).encode(rendered, add_special_tokens=False)
+    assert len(found) == len(rendered)
+    for sequence, each in zip(found, rendered, strict=True):
+        encoding = tokenizer.backend_tokenizer.encode(each.text, add_special_tokens=False)
+        offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+        assert sequence.input_ids.tolist() == encoding.ids
+        assert sequence.trained.tolist() == trained_by_offsets(offsets, each).tolist(), (each, encoding.tokens)
 
 
 def test_text_gets_what_the_tokenizer_adds_and_conversations_between_do_not() -> None:

@@ -211,7 +211,7 @@ class _WatchedStorage:
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
-        self.uri = storage.uri
+        self.uri_of = storage.uri_of
         self.broken = False
         self.written: list[Figures] = []
 
