@@ -24,9 +24,11 @@ $(DEV_STAMP): $(STAMP)
 quickstart: $(STAMP)
 	$(BIN)/python launch/quickstart.py
 
-# Two files at a time: much of a test is waiting, for Ray to start or a lost worker to be noticed.
+# Two files at a time: much of a test is waiting, for Ray to start or a lost worker to be noticed. A process of pytest
+# that dies ends the run, with the name of its test: replaced, it would leave tests that nobody runs, and a run that
+# waits for them.
 test: $(DEV_STAMP)
-	$(BIN)/python -m pytest tests -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest tests -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart=0
 
 test-unit: $(DEV_STAMP)
 	$(BIN)/python -m pytest tests/unit -n $(TEST_WORKERS)

@@ -7,6 +7,8 @@ killed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
+from typing import Any
 
 from data_shards.batch_encoder import audit_limits
 from data_shards.config import DataConfig
@@ -18,6 +20,9 @@ from data_shards.windows import Receipt, Task, is_done, read_receipts
 
 _TRIES = 3
 """Of a task whose node is lost; what it had committed is kept."""
+_ASKED_PER_CPU = 2
+"""Tasks handed to Ray for each processor of the cluster: more than it can run, so that an autoscaler sees the need, and
+few, because they can't be taken back."""
 
 
 def write_tasks_on_ray(
@@ -45,21 +50,24 @@ def write_tasks_on_ray(
     open_tasks = [task for task in tasks if not is_done(receipts.get(task.number, []))]
     shared = ray.put((config.model_copy(update={"processes": 1}), encoder))
     run = ray.remote(_run).options(num_cpus=1, max_retries=_TRIES - 1)
-    running = {run.remote(task, shared, location.uri): task for task in open_tasks}
+    waiting, num_done = iter(open_tasks), 0
+    running: dict[Any, Task] = {}
     report(f"data: {len(open_tasks)} tasks on {len(ray.nodes())} nodes")
     try:
-        while running:
+        while num_done < len(open_tasks):
+            at_once = _ASKED_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0)))
+            for task in islice(waiting, max(0, at_once - len(running))):
+                running[run.remote(task, shared, location.uri)] = task
             (done,), _ = ray.wait(list(running), num_returns=1)
             ray.get(done)
-            task = running.pop(done)
-            report(f"data: {len(open_tasks) - len(running)} of {len(open_tasks)} tasks done; {task.files[0].uri}")
+            task, num_done = running.pop(done), num_done + 1
+            report(f"data: {num_done} of {len(open_tasks)} tasks done; {task.files[0].uri}")
     except RayTaskError as error:
+        # The others are not cancelled: Ray aborts a driver that cancels a task just as it ends (its pull request
+        # 54798 mends one such case of several). They end with the driver, or by themselves.
         raise error.cause from None
     except RayError as error:
         raise BatonError(f"preparing on the Ray cluster failed: {error}. What was committed is kept") from error
-    finally:
-        for left in running:
-            ray.cancel(left)
     receipts.clear()
     receipts.update(read_receipts(location, limits))
 

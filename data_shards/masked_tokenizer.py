@@ -45,7 +45,7 @@ class MaskedTokenizer:
             return [Sequence(_ids(one), _mask(one, each)) for one, each in zip(encodings, rendered, strict=True)]
         encodings = backend.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
         ids = [_ids(encoding) for encoding in encodings]
-        if self._bytes is None or add_special_tokens:
+        if self._bytes is None or add_special_tokens:  # and so all texts are whole
             return [Sequence(each, np.ones(len(each), bool)) for each in ids]
         masks = self._bytes.masks(ids, rendered)
         return [

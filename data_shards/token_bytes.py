@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -112,15 +113,13 @@ def _byte_spans(rendered: Rendered, first: int) -> Iterator[tuple[int, int]]:
 
 
 def _vocabulary(vocabulary: dict[str, int]) -> Iterator[tuple[int, bytes]]:
-    """Tokens that are written in the alphabet of a byte-level BPE, one character a byte."""
+    """Tokens that are written in the alphabet of a byte-level BPE, one character a byte; others are left out."""
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    table = {ord(character): byte for byte, character in bytes_to_unicode().items()}
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
     for token, number in vocabulary.items():
-        try:
-            yield number, token.translate(table).encode("latin-1") if table.keys() >= set(map(ord, token)) else b""
-        except UnicodeEncodeError:
-            continue
+        with suppress(KeyError):
+            yield number, bytes(map(byte_of.__getitem__, token))
 
 
 def _state(component: Any) -> dict[str, Any] | None:

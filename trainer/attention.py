@@ -105,18 +105,22 @@ def _by_sequence(
     sliding_window: int | None,
     dropout: float,
 ) -> torch.Tensor:
-    grouped = query.shape[1] != key.shape[1]
     lengths = [stop - start for start, stop in pairwise(bounds)]
-    # split, not slices: its backward is one concatenation, a slice's is a whole tensor of zeros per sequence.
-    sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), lengths, strict=True)
-    parts = []
-    for q, k, v, length in sequences:
-        mask = _window_mask(length, sliding_window, query.device)
-        part = F.scaled_dot_product_attention(
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """[S, H, L, D] to [S, L, H, D]."""
+        mask = _window_mask(q.shape[2], sliding_window, q.device)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
             q, k, v, mask, dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
-        )
-        parts.append(part.transpose(1, 2))  # [1, L, H, D]
-    return torch.cat(parts, dim=1)
+        ).transpose(1, 2)
+
+    if len(set(lengths)) == 1:  # Plain text fills each pack with one sequence; then nothing is copied.
+        heads_apart = (tensor[0].unflatten(1, (len(lengths), -1)).transpose(0, 1) for tensor in (query, key, value))
+        return attend(*heads_apart).flatten(0, 1)[None]
+    # split, not slices: its backward is one concatenation, a slice's is a whole tensor of zeros per sequence.
+    sequences = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([attend(*sequence) for sequence in sequences], dim=1)
 
 
 def _window_mask(length: int, window: int | None, device: torch.device) -> torch.Tensor | None:

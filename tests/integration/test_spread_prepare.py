@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,16 +15,25 @@ from cluster.ray_train import connected
 from data_shards.config import DataConfig
 from data_shards.encode import Encoder
 from data_shards.errors import BadInput, DataError
+from data_shards.manifest import MANIFEST
 from data_shards.prepare import prepare
 from data_shards.storage import Storage
 from tests.integration.test_killed_prepare import contents, write_sources
 from tests.support import tokenizers as families
 
+Driver = Callable[..., list[str]]
+
 
 @pytest.fixture(scope="module")
-def ray_cluster() -> Iterator[None]:
-    with connected():
-        yield
+def driver() -> Iterator[Driver]:
+    """Calls a function in a process of its own that is connected to Ray, which at times aborts its driver."""
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_connect) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=240)
+
+
+def _connect() -> None:
+    connected().__enter__()  # until the process ends
 
 
 def config_of(folder: Path, **options: object) -> DataConfig:
@@ -42,17 +53,27 @@ def encoder_of(config: DataConfig) -> Encoder:
     return Encoder(families.chatml(), config, ["<|im_end|>"])
 
 
-def test_same_bytes_as_locally(ray_cluster: None, tmp_path: Path) -> None:
+def spread(config: DataConfig, root: Path) -> list[str]:
+    """In the driver. Returns what was reported."""
+    lines: list[str] = []
+    prepare(config, encoder_of(config), Storage.at(root), write=write_tasks_on_ray, report=lines.append)
+    return lines
+
+
+def locally(config: DataConfig, root: Path) -> dict[str, bytes]:
+    prepare(config, encoder_of(config), Storage.at(root))
+    return contents(root)
+
+
+def test_same_bytes_as_locally(driver: Driver, tmp_path: Path) -> None:
     write_sources(tmp_path)
     config = config_of(tmp_path)
-    prepare(config, encoder_of(config), Storage.at(tmp_path / "local"))
-    lines: list[str] = []
-    prepare(config, encoder_of(config), Storage.at(tmp_path / "spread"), write=write_tasks_on_ray, report=lines.append)
-    assert contents(tmp_path / "spread") == contents(tmp_path / "local")
+    lines = driver(spread, config, tmp_path / "spread")
+    assert contents(tmp_path / "spread") == locally(config, tmp_path / "local")
     assert any("7 of 7 tasks done" in line for line in lines), lines
 
 
-def test_bad_line_is_named_and_what_was_done_is_kept(ray_cluster: None, tmp_path: Path) -> None:
+def test_bad_line_is_named_and_what_was_done_is_kept(driver: Driver, tmp_path: Path) -> None:
     write_sources(tmp_path)
     config = config_of(tmp_path)
     bad = Path(config.train[3].path)
@@ -61,21 +82,27 @@ def test_bad_line_is_named_and_what_was_done_is_kept(ray_cluster: None, tmp_path
     bad.write_text("\n".join([first, second.replace('"answer"', '"anwser"'), *rest]))
     root = tmp_path / "root"
     with pytest.raises(DataError, match=rf"{bad}:2: 'answer' is missing"):
-        prepare(config, encoder_of(config), Storage.at(root), write=write_tasks_on_ray)
+        driver(spread, config, root)
     bad.write_text(good)
-    prepare(config, encoder_of(config), Storage.at(root), write=write_tasks_on_ray)
-    prepare(config, encoder_of(config), Storage.at(tmp_path / "local"))
-    (folder,) = (path.parent for path in root.glob("*/manifest.json"))
-    (local,) = (path.parent for path in (tmp_path / "local").glob("*/manifest.json"))
-    assert contents(folder) == contents(local)
+    driver(spread, config, root)
+    local = locally(config, tmp_path / "local")
+    (manifest,) = (path for path in local if path.endswith(MANIFEST))
+    dataset = manifest.removesuffix(MANIFEST)
+    assert {path: data for path, data in contents(root).items() if path.startswith(dataset)} == {
+        path: data for path, data in local.items() if path.startswith(dataset)
+    }
 
 
-def test_ray_leaves_our_warnings_alone(ray_cluster: None) -> None:
-    assert logging.getLogger("data_shards.shard_reader").isEnabledFor(logging.WARNING)
+def warnings_enabled() -> list[str]:
+    return [name for name in ("data_shards.shard_reader",) if logging.getLogger(name).isEnabledFor(logging.WARNING)]
 
 
-def test_deduplication_is_refused(ray_cluster: None, tmp_path: Path) -> None:
+def test_ray_leaves_our_warnings_alone(driver: Driver) -> None:
+    assert driver(warnings_enabled) == ["data_shards.shard_reader"]
+
+
+def test_deduplication_is_refused(driver: Driver, tmp_path: Path) -> None:
     write_sources(tmp_path)
     config = config_of(tmp_path, cleaning={"deduplicate": True})
     with pytest.raises(BadInput, match=r"data\.cleaning\.deduplicate needs all records in one place"):
-        prepare(config, encoder_of(config), Storage.at(tmp_path / "root"), write=write_tasks_on_ray)
+        driver(spread, config, tmp_path / "root")

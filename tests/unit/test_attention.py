@@ -30,6 +30,24 @@ def test_each_sequence_sees_itself_alone() -> None:
     assert torch.allclose(together[:, 3:5], windowed[:, 3:5]) and not torch.allclose(together[:, 5:], windowed[:, 5:])
 
 
+@pytest.mark.parametrize("window", [None, 2])
+def test_sequences_of_one_length_are_done_at_once_and_alike(window: int | None) -> None:
+    """The same batch with two more tokens has sequences of two lengths, which are done one by one."""
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, heads, 14, 4) for heads in (4, 2, 2)]
+
+    def attended(bounds: list[int]) -> list[torch.Tensor]:
+        given = [tensor[:, :, : bounds[-1]].clone().requires_grad_() for tensor in tensors]
+        lengths = torch.tensor(bounds, dtype=torch.int32)
+        options = {"cu_seq_lens_q": lengths, "max_length_q": 4, "sliding_window": window}
+        out = packed_attention(torch.nn.Identity(), *given, None, **options)[0][:, :12]
+        gradients = torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), given)
+        return [out, *(gradient[:, :, :12] for gradient in gradients)]
+
+    for at_once, one_by_one in zip(attended([0, 4, 8, 12]), attended([0, 4, 8, 12, 14]), strict=True):
+        assert at_once.shape == one_by_one.shape and torch.allclose(at_once, one_by_one, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from data_shards.errors import BadInput
+from launch.job import find_init
 from tests.support.tiny import DRAFT
 from trainer.checkpoint import directory_name
 from trainer.checkpoint_manifest import MANIFEST, Progress
@@ -86,3 +88,14 @@ def test_an_unfinished_start_is_no_attempt(tmp_path: Path) -> None:
     assert run.lineage() == [] and run.usable_checkpoints() == []
     (tmp_path / "attempts" / "half").mkdir(parents=True)
     assert run.lineage() == []
+
+
+def test_init_from_names_the_newest_checkpoint_or_that_of_a_step(tmp_path: Path) -> None:
+    folder = tmp_path / "me@10" / "run"  # only what ends the name is a step
+    run = RunDirectory.at(str(folder))
+    attempt = run.start_attempt(None, None, ()).attempt
+    old, new = commit(run, attempt, 5), commit(run, attempt, 10)
+    assert find_init(str(folder)) == f"{folder}/checkpoints/{new}"
+    assert find_init(f"{folder}@5") == f"{folder}/checkpoints/{old}"
+    with pytest.raises(BadInput, match=r"run@7': no such checkpoint; committed steps there: 5, 10"):
+        find_init(f"{folder}@7")

@@ -103,6 +103,17 @@ def test_bytes_that_the_vocabulary_lacks_are_seen() -> None:
     assert masked(wide, "acb", (2, 3)) is None, "as long as the byte that it stands for, and yet not trusted"
 
 
+def test_entries_outside_of_the_alphabet_have_no_bytes() -> None:
+    """A byte-level tokenizer never makes them; where one does turn up, as what unknown bytes become, it is seen."""
+    odd = models.BPE({"a": 0, "b": 1, "\u8c48": 2, " ": 3}, [])
+    assert masked(changed(model=odd), "ab", (1, 2)) == [False, True]
+    known = TokenBytes.of(changed(model=odd))
+    assert known is not None
+    for foreign in (2, 3):
+        text = Rendered("ab", ((1, 2),))
+        assert known.masks([np.array([0, foreign, 1], np.int32)], [text])[0] is None
+
+
 def test_text_is_doubted_alone() -> None:
     tokenizer = gpt2_like()
     tokenizer.add_special_tokens([AddedToken("<x>", rstrip=True)])
