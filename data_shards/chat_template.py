@@ -3,7 +3,8 @@
 Rendering is transformers' own, in its sandbox: a template is foreign code. Where the template marks
 ``{% generation %}``, its spans count; elsewhere they are found by rendering (``turn_bounds.py``). That takes two
 renderings a turn besides the conversation's own, several times what the tokenizer takes. So for plain conversations it
-is done once for all of one shape (``conversation_shape.py``), and each then costs one rendering.
+is done once for all of one shape (``conversation_shape.py``), and each then costs one rendering, or none at all where
+the template does nothing with contents but print them (``template_flow.py``).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from data_shards.config import TrainOn
 from data_shards.conversation_shape import Shape, learn_shape
 from data_shards.errors import DataError
 from data_shards.template_fields import UnusedFields
+from data_shards.template_flow import Flow, content_flow
 from data_shards.turn_bounds import CannotMask, Messages, Span, Tools, TurnBounds
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -150,7 +152,7 @@ class ChatTemplate:
             return Rendered(text, tuple(spans))
         every = taught_turns(clean, train_on)
         if taught == every:
-            text = self._render_plain(clean) if tools is None and is_plain(clean) else self.render(clean, tools)
+            text = self._plain(clean)[0] if tools is None and is_plain(clean) else self.render(clean, tools)
             return Rendered(text, ((0, len(text)),))
         text, left_out = self._spans(clean, tools, [index for index in every if index not in taught])
         return Rendered(text, between(left_out, len(text)))
@@ -159,10 +161,26 @@ class ChatTemplate:
         if self.marks_generation:
             return self._marked_spans(messages, tools, turns)
         if tools is None and is_plain(messages):
-            text = self._render_plain(messages)
-            if (spans := self._spans_by_shape(text, messages, turns)) is not None:
-                return text, spans
+            text, shape = self._plain(messages)
+            found = shape.bounds([message["content"] for message in messages], turns) if shape else None
+            if found is not None:
+                return text, self._with_stops(text, found)
         return self.spans_by_rendering(messages, tools, turns)
+
+    def _plain(self, messages: Messages) -> tuple[str, Shape | None]:
+        """The text of a plain conversation, and its shape where that explains the text."""
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._shapes and len(self._shapes) < _MAX_SHAPES:
+            self._shapes[roles] = learn_shape(roles, self.text, self.render, self._turns.bounds_for_all)
+        shape = self._shapes.get(roles)
+        if shape is None:
+            return self._render_plain(messages), None
+        contents = [message["content"] for message in messages]
+        filled, flow = shape.filled(contents), content_flow(self.text)
+        if flow == Flow.PRINTED or (flow == Flow.TRIMMED and all(text == text.strip() for text in contents)):
+            return filled, shape
+        text = self._render_plain(messages)
+        return text, shape if text == filled else None
 
     def _marked_spans(self, messages: Messages, tools: Tools | None, turns: list[int]) -> tuple[str, list[Span]]:
         text, marked = self._render(messages, tools, False, indices=True)
@@ -175,15 +193,6 @@ class ChatTemplate:
                 )
             marked = [span for span, index in zip(marked, assistants, strict=True) if index in turns]
         return text, self._with_stops(text, [(start, stop) for start, stop in marked if stop > start])
-
-    def _spans_by_shape(self, text: str, messages: Messages, turns: list[int]) -> list[Span] | None:
-        """None where the conversation's shape does not explain its text."""
-        roles = tuple(message["role"] for message in messages)
-        if roles not in self._shapes and len(self._shapes) < _MAX_SHAPES:
-            self._shapes[roles] = learn_shape(roles, self.text, self.render, self._turns.bounds_for_all)
-        shape = self._shapes.get(roles)
-        found = shape.bounds(text, [message["content"] for message in messages], turns) if shape else None
-        return found and self._with_stops(text, found)
 
     def _with_stops(self, text: str, bounds: list[Span]) -> list[Span]:
         return [(start, self._with_stop(text, start, stop)) for start, stop in bounds]

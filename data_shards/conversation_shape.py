@@ -2,8 +2,9 @@
 
 Most templates only print contents, so that the conversations of one sequence of roles differ in nothing else: one
 rendering with stand-ins tells the text around the contents, and where in it each turn starts and ends. A conversation
-whose own rendering is that text with its contents filled in has its turns at the same places. Where it is not (the
-template trims, escapes, or takes thinking out of them), nothing is said, and the caller renders as often as it takes.
+whose own rendering is that text with its contents filled in has its turns at the same places; where the template can be
+seen through (``template_flow.py``), that is known without rendering it. Where it is not that text (the template trims,
+escapes, or takes thinking out of them), the caller renders as often as it takes.
 
 What is learnt is a function of template and roles alone, never of records seen before: which records come first, and to
 which process, can't change a mask.
@@ -43,15 +44,19 @@ class Shape:
     slots: tuple[int, ...]
     turns: dict[int, tuple[Place, Place]]
 
-    def bounds(self, text: str, contents: Sequence[str], turns: Sequence[int]) -> list[tuple[int, int]] | None:
-        """``[start, stop)`` of each of ``turns`` in ``text``, or None where this is not the text's shape."""
+    def filled(self, contents: Sequence[str]) -> str:
+        """The text with these contents."""
+        pieces = [""] * (2 * len(self.slots) + 1)
+        pieces[::2], pieces[1::2] = self.literals, [contents[slot] for slot in self.slots]
+        return "".join(pieces)
+
+    def bounds(self, contents: Sequence[str], turns: Sequence[int]) -> list[tuple[int, int]] | None:
+        """``[start, stop)`` of each of ``turns`` in the text with these contents, or None where they can't be told."""
         places = [self.turns.get(turn) for turn in turns]
-        printed = [contents[slot] for slot in self.slots]
-        pieces = [""] * (2 * len(printed) + 1)
-        pieces[::2], pieces[1::2] = self.literals, printed
-        if None in places or text != "".join(pieces):
+        if None in places:
             return None
-        before = list(accumulate(map(len, printed), initial=0))  # [S + 1] characters of contents
+        # [S + 1] characters of contents before each slot
+        before = list(accumulate((len(contents[slot]) for slot in self.slots), initial=0))
         found = [
             (before[start.slot] + start.offset, before[stop.slot] + stop.offset) for start, stop in filter(None, places)
         ]

@@ -10,6 +10,8 @@ from datetime import timedelta
 
 import torch
 
+from trainer.host_memory import keep_freed_memory
+
 
 def choose_accelerator() -> None:
     """Tell DeepSpeed which device to use before it is imported: GPUs when there are any, else CPU with gloo."""
@@ -45,4 +47,6 @@ def start_process_group(timeout_s: float = 1800) -> None:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    else:
+        keep_freed_memory()
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
