@@ -19,40 +19,45 @@ from tests.support.tiny import DRAFT, ragged_packs, save_tiny_model
 from trainer import checkpoint
 from trainer.checkpoint_manifest import Progress
 from trainer.config import Method, Precision
+from trainer.engine import ZeroEngine
 from trainer.errors import CheckpointCorrupt
-from trainer.step import row_digest, train_step
+from trainer.step import StepResult, row_digest, train_step
 
-STEPS, SAVED_AT = 30, 12
+Weights = dict[str, torch.Tensor]
+
+STEPS, SAVED_AT = 20, 8
 PACKS = ragged_packs(19, seed=3)
 SAMPLER = Sampler(num_rows=19, seed=5, global_batch=6, total_rows=6 * STEPS)
 
 
-def train(base: str, root: str, *, start: int, stop: int, micro_batch: int, **options: Any) -> Any:
-    """Steps [start, stop), from the checkpoint in ``root`` when start > 0; saves there when it stops early."""
-    engine = make_engine(base, ADAMW, **options)
-    checkpoints = Storage.at(root)
-    if start:
-        checkpoint.load(engine, checkpoints, checkpoint.committed(checkpoints)[-1])
-    results = [
+def steps(engine: ZeroEngine, start: int, stop: int) -> list[StepResult]:
+    return [
         train_step(
-            engine,
-            PACKS,
-            SAMPLER.rows_of_step(step),
-            step=step,
-            seed=5,
-            micro_batch_size=micro_batch,
-            learning_rate=ADAMW.lr,
+            engine, PACKS, SAMPLER.rows_of_step(step), step=step, seed=5, micro_batch_size=2, learning_rate=ADAMW.lr
         )
         for step in range(start, stop)
     ]
-    if stop < STEPS:
-        draft = replace(DRAFT, progress=Progress(step=SAVED_AT, rows_consumed=SAVED_AT * 6))
-        checkpoint.save(engine, checkpoints, draft)
-    return results, full_weights(engine)
 
 
-def phases(base: str, root: str, start: int, stop: int, micro_batch: int, options: dict[str, Any]) -> Any:
-    return train(base, root, start=start, stop=stop, micro_batch=micro_batch, **options)
+def whole_run(base: str, root: str, options: dict[str, Any]) -> tuple[list[StepResult], Weights]:
+    """All steps; what is saved into ``root`` on the way must not disturb them."""
+    engine = make_engine(base, ADAMW, **options)
+    before = steps(engine, 0, SAVED_AT)
+    draft = replace(DRAFT, progress=Progress(step=SAVED_AT, rows_consumed=SAVED_AT * 6))
+    checkpoint.save(engine, Storage.at(root), draft)
+    return before + steps(engine, SAVED_AT, STEPS), full_weights(engine)
+
+
+def resumed_run(base: str, root: str, options: dict[str, Any]) -> tuple[list[StepResult], Weights]:
+    """The steps behind the checkpoint in ``root``."""
+    engine = make_engine(base, ADAMW, **options)
+    checkpoint.load(engine, Storage.at(root), checkpoint.committed(Storage.at(root))[-1])
+    return steps(engine, SAVED_AT, STEPS), full_weights(engine)
+
+
+def undisturbed_run(base: str, options: dict[str, Any]) -> tuple[list[StepResult], Weights]:
+    engine = make_engine(base, ADAMW, **options)
+    return steps(engine, 0, STEPS), full_weights(engine)
 
 
 def load_error(base: str, root: str) -> str:
@@ -75,24 +80,27 @@ def smooth_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def saved(smooth_base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
+def saved(smooth_base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[StepResult]]:
     """A checkpoint of SAVED_AT by 2 workers, and the results of the run that was left alone."""
     root = str(tmp_path_factory.mktemp("checkpoints"))
-    whole = run_workers(phases, 2, smooth_base, root, 0, STEPS, 2, {})[0][0]
-    run_workers(phases, 2, smooth_base, root, 0, SAVED_AT, 2, {})
-    return root, whole
+    return root, run_workers(whole_run, 2, smooth_base, root, {})[0][0]
 
 
 @pytest.mark.parametrize(
     "options", [{}, {"method": Method.LORA}, {"precision": Precision.BF16}], ids=["full", "lora", "bf16"]
 )
 def test_same_size_is_bit_equal_even_with_dropout(base: str, tmp_path: Path, options: dict[str, Any]) -> None:
-    whole, weights = run_workers(phases, 2, base, str(tmp_path), 0, STEPS, 2, options)[0]
-    run_workers(phases, 2, base, str(tmp_path), 0, SAVED_AT, 2, options)
-    resumed, again = run_workers(phases, 2, base, str(tmp_path), SAVED_AT, STEPS, 2, options)[0]
+    whole, weights = run_workers(whole_run, 2, base, str(tmp_path), options)[0]
+    resumed, again = run_workers(resumed_run, 2, base, str(tmp_path), options)[0]
     assert [r.loss for r in resumed] == [r.loss for r in whole[SAVED_AT:]]
     assert [r.grad_norm for r in resumed] == [r.grad_norm for r in whole[SAVED_AT:]]
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_saving_disturbs_nothing(smooth_base: str, saved: tuple[str, list[StepResult]]) -> None:
+    left_alone = run_workers(undisturbed_run, 2, smooth_base, {})[0][0]
+    assert [r.loss for r in saved[1]] == [r.loss for r in left_alone]
+    assert [r.grad_norm for r in saved[1]] == [r.grad_norm for r in left_alone]
 
 
 def plain_drift(base: str) -> np.ndarray:
@@ -112,12 +120,12 @@ def plain_drift(base: str) -> np.ndarray:
     return np.max([np.abs(other / losses[0] - 1) for other in losses[1:]], axis=0)
 
 
-def test_another_size_goes_on_with_the_same_rows(smooth_base: str, saved: tuple[str, list[Any]]) -> None:
+def test_another_size_goes_on_with_the_same_rows(smooth_base: str, saved: tuple[str, list[StepResult]]) -> None:
     root, whole = saved
     allowed = 3 * plain_drift(smooth_base).max()
     expected = np.array([r.loss for r in whole[SAVED_AT:]])
     for world_size in (1, 3, 4):
-        resumed = run_workers(phases, world_size, smooth_base, root, SAVED_AT, STEPS, 2, {})[0][0]
+        resumed = run_workers(resumed_run, world_size, smooth_base, root, {})[0][0]
         for step, result in enumerate(resumed, SAVED_AT):
             rows = SAMPLER.rows_of_step(step)
             assert result.rows_digest == sum(row_digest(int(row)) for row in rows) == whole[step].rows_digest
@@ -127,7 +135,7 @@ def test_another_size_goes_on_with_the_same_rows(smooth_base: str, saved: tuple[
         assert drift[-1] <= 1e-5
 
 
-def test_flipped_bit_is_named(smooth_base: str, saved: tuple[str, list[Any]]) -> None:
+def test_flipped_bit_is_named(smooth_base: str, saved: tuple[str, list[StepResult]]) -> None:
     root = saved[0]
     victim = next(Path(root).glob("*/rank-00001.safetensors"))
     original = victim.read_bytes()
@@ -142,7 +150,7 @@ def test_flipped_bit_is_named(smooth_base: str, saved: tuple[str, list[Any]]) ->
     assert run_workers(load_error, 1, smooth_base, root)[0] == ""
 
 
-def test_no_manifest_no_checkpoint(saved: tuple[str, list[Any]]) -> None:
+def test_no_manifest_no_checkpoint(saved: tuple[str, list[StepResult]]) -> None:
     storage = Storage.at(saved[0])
     name = storage.list()[0]
     manifest = Path(saved[0], name, "manifest.json")

@@ -27,7 +27,8 @@ from launch.finetune import train
 from launch.job import Job, make_job
 from launch.quickstart_inputs import make_base
 from tests.integration.conftest import Workshop
-from tests.support.command import ROOT, environment, run, run_here, write_config
+from tests.support.command import ROOT, environment, run_here, write_config
+from tests.support.distributed import process_of_its_own
 from tests.support.plain_loop import sequences
 from tests.support.tiny import save_tiny_model
 
@@ -165,8 +166,10 @@ def test_the_command_with_local_processes_over_the_train_split(full: Trained) ->
 
 def test_the_command_under_ray(full: Trained) -> None:
     expected = plain_scores(plain_tuned(full), full, "validation")
-    command = run("evaluate", "--config", str(full.file), "cluster.launcher=ray", "cluster.cpus_per_worker=0.5")
-    assert command.process.returncode == 0, command.output
+    ray = ["cluster.launcher=ray", "cluster.cpus_per_worker=0.5"]
+    with process_of_its_own() as call:
+        command = call(run_here, evaluate.main, "--config", str(full.file), *ray)
+    assert command.code == 0, command.output
     assert figures(check_output(command.output, full)) == pytest.approx(expected, rel=1e-6)
 
 

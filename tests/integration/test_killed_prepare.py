@@ -20,8 +20,10 @@ from data_shards.prepare import prepare
 from data_shards.storage import Storage
 from tests.support import tokenizers as families
 
-KILLS = int(os.environ.get("BATON_KILLS", "6"))
-"""For each number of processes; more for a longer look"""
+KILLS = {1: 6, 4: 2}
+"""By the number of processes: starting four takes most of the time"""
+if "BATON_KILLS" in os.environ:  # for a longer look
+    KILLS = dict.fromkeys(KILLS, int(os.environ["BATON_KILLS"]))
 
 
 def words(rng: random.Random, most: int) -> str:
@@ -81,7 +83,7 @@ def undisturbed(sources: list[str], tmp_path_factory: pytest.TempPathFactory) ->
     return found
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", KILLS)
 def test_killed_at_random_moments(
     sources: list[str], undisturbed: dict[str, bytes], tmp_path: Path, processes: int
 ) -> None:
@@ -91,8 +93,7 @@ def test_killed_at_random_moments(
     rng = random.Random()
     root = tmp_path / "root"
     fired = partly = 0
-    kills = KILLS if processes == 1 else max(2, KILLS // 4)  # starting processes takes most of the time
-    while fired < kills:
+    while fired < KILLS[processes]:
         child = context.Process(target=make, args=(sources, str(root), processes))
         child.start()
         until = rng.randint(num_shards(root), total)

@@ -104,6 +104,7 @@ def cluster() -> Iterator[Cluster]:
     env = environment(
         RAY_AUTH_MODE="token",
         RAY_health_check_period_ms="1000",  # a lost node is noticed in seconds
+        RAY_prestart_worker_first_driver="0",  # jobs have a runtime environment; these would idle
         RAY_AUTH_TOKEN=secrets.token_hex(32),
         RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{dashboard}",
         OMP_NUM_THREADS="1",  # Ray would else set it by cpus_per_worker, and sums differ by it

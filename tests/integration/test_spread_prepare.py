@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -20,16 +18,15 @@ from data_shards.prepare import prepare
 from data_shards.storage import Storage
 from tests.integration.test_killed_prepare import contents, write_sources
 from tests.support import tokenizers as families
+from tests.support.distributed import process_of_its_own
 
 Driver = Callable[..., list[str]]
 
 
 @pytest.fixture(scope="module")
 def driver() -> Iterator[Driver]:
-    """Calls a function in a process of its own that is connected to Ray, which at times aborts its driver."""
-    context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_connect) as pool:
-        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=240)
+    with process_of_its_own(_connect) as call:
+        yield call
 
 
 def _connect() -> None:

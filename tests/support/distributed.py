@@ -10,7 +10,9 @@ import multiprocessing
 import os
 import pickle
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from cluster.local_processes import PRELOAD, free_port
@@ -88,3 +90,10 @@ def run_workers(
             if worker.is_alive():
                 worker.kill()
     return [by_rank[rank] for rank in range(world_size)]
+
+
+@contextmanager
+def process_of_its_own(initializer: Callable[[], None] | None = None) -> Iterator[Callable[..., Any]]:
+    """Calls functions in one more fork of the pre-imported process: a driver of Ray, which Ray may abort."""
+    with ProcessPoolExecutor(1, mp_context=_context, initializer=initializer) as pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result(timeout=240)

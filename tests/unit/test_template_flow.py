@@ -143,6 +143,7 @@ def test_of_families() -> None:
 
 @pytest.mark.skipif(FOLDER is None, reason="TRL, which ships the templates, is not installed")
 def test_of_real_models() -> None:
-    flows = {path.stem: content_flow(path.read_text(encoding="utf-8")) for path in Path(str(FOLDER)).glob("*.jinja")}
+    names = ("phi3", "llama3", "gemma", "qwen3", "deepseekv3")
+    flows = {name: content_flow(Path(str(FOLDER), f"{name}.jinja").read_text(encoding="utf-8")) for name in names}
     assert (flows["phi3"], flows["llama3"], flows["gemma"]) == (Flow.PRINTED, Flow.TRIMMED, Flow.TRIMMED)
     assert flows["qwen3"] is None and flows["deepseekv3"] is None, "they take thinking out of contents"
