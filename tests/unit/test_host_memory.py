@@ -8,12 +8,11 @@ import sys
 
 PROBE = """
 import resource, sys
-import numpy as np
 from trainer.host_memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
 def step():
-    held = [np.ones(12_000_000, np.float32) for _ in range(4)]  # 48 MB each, more than glibc ever keeps by itself
+    held = [b"x" * 48_000_000 for _ in range(4)]  # 48 MB each, more than glibc ever keeps by itself
 for _ in range(8):  # until the heap has grown and found its order
     step()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
