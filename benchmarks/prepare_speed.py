@@ -13,21 +13,27 @@ which hardly changes when others use the machine.
 The tokenizer is trained on the data, byte-level BPE, up to 32,000 entries; the template is ChatML without marks.
 
     python benchmarks/prepare_speed.py --data train.jsonl --rounds 5 --repeat 4 --peer
+
+``--cores 1 2`` tells instead what raw and baton gain from a second core: threads of the tokenizer there, processes
+here, whose start counts. Each measurement is a process of its own, because a tokenizer's threads are set once.
 """
 
 from __future__ import annotations
 
 import os
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} | os.environ
 
 import argparse
 import json
+import re
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -93,7 +99,7 @@ def raw(tokenizer: Any, texts: list[str]) -> None:
 
 
 def baton(tokenizer: Any, data: Path, seq_len: int, folder: Path) -> None:
-    config = DataConfig(train=str(data), seq_len=seq_len, processes=1)
+    config = DataConfig(train=str(data), seq_len=seq_len, processes=int(os.environ["RAYON_NUM_THREADS"]))
     prepare(config, Encoder(tokenizer, config, [STOP]), Storage.at(folder))
 
 
@@ -155,6 +161,33 @@ def report(taken: dict[str, list[Times]], num_records: int) -> None:
         )
 
 
+def measured_on(cores: int, options: argparse.Namespace) -> dict[str, float]:
+    """Seconds by the clock of one round of raw and baton."""
+    command = [sys.executable, __file__, "--data", str(options.data), "--rounds", "1", "--repeat", str(options.repeat)]
+    environment = os.environ | {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": str(cores > 1).lower()}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
+    found = re.search(r"round 1: raw ([\d.]+) s, baton ([\d.]+) s", done.stdout)
+    assert found, done.stdout
+    return {"raw": float(found[1]), "baton": float(found[2])}
+
+
+def report_cores(options: argparse.Namespace) -> None:
+    """The gain of each contender from more cores, and of the one beside the other."""
+    few, many = options.cores
+    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for number in range(options.rounds):
+        for cores in (few, many) if number % 2 == 0 else (many, few):
+            for name, seconds in measured_on(cores, options).items():
+                taken[name, cores].append(seconds)
+                print(f"round {number + 1}, {cores} cores: {name} {seconds:.2f} s", flush=True)
+    gains = {
+        name: statistics.median(taken[name, few]) / statistics.median(taken[name, many]) for name in ("raw", "baton")
+    }
+    for name, gain in gains.items():
+        print(f"{name} is {gain:.2f} times as fast on {many} cores as on {few}")
+    print(f"baton's gain is {gains['baton'] / gains['raw']:.2f} of raw's")
+
+
 def main() -> None:
     shared = os.environ.get("BATON_SHARED")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -165,7 +198,11 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--peer", action="store_true", help="beside datasets.map and TRL's packing, too")
+    parser.add_argument("--cores", type=int, nargs=2, help="what is gained from so many cores beside so many")
     options = parser.parse_args()
+    if options.cores:
+        report_cores(options)
+        return
     rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]
     tokenizer = make_tokenizer([text for row in rows for text in row.values()], options.vocab_size)
     rows = numbered(rows, options.repeat)

@@ -40,7 +40,7 @@ def values(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict
     values = workshop.values | {
         "training": {"global_batch": BATCH, "micro_batch": 2, "steps": STEPS},
         "checkpoint": {"every_steps": COMMIT_EVERY, "keep_last": 2},
-        "evaluation": {"every_steps": 5},
+        "evaluation": {"every_steps": 10},
     }
     if shared := os.environ.get("BATON_SHARED"):
         folder = tmp_path_factory.mktemp("gsm8k")
@@ -54,7 +54,7 @@ def values(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict
         values["data"] = values["data"] | {
             "train": str(folder / "train.jsonl"),
             "validation": str(folder / "test.jsonl"),
-            "seq_len": 512,
+            "seq_len": 384,
         }
     return values
 

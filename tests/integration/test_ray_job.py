@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 
 from cluster.local_processes import free_port
+from launch import finetune
 from launch.quickstart_inputs import make_inputs
-from tests.support.command import ROOT, RunFiles, edited_tree, environment
+from tests.support.command import ROOT, RunFiles, edited_tree, environment, run_here
 
 BIN = Path(sys.executable).parent
 STEPS = 60
@@ -81,6 +82,12 @@ class Cluster:
             assert time.monotonic() < deadline and "baton:" not in logs, f"no {pattern!r} in:\n{logs}"
             time.sleep(1)
         return found
+
+    def wait_for_end(self, job: str, timeout_s: float = 60) -> None:
+        deadline = time.monotonic() + timeout_s
+        while (status := self.ask(job)["status"]) != "SUCCEEDED":
+            assert time.monotonic() < deadline and status == "RUNNING", f"{job} is {status}:\n{self.logs(job)}"
+            time.sleep(1)
 
     def submit(self, *arguments: str, tree: Path = ROOT, wait: bool = True) -> subprocess.CompletedProcess[str]:
         """The README's command line, with what is particular to this test behind it."""
@@ -151,26 +158,73 @@ def job_id(output: str) -> str:
     return re.search(r"raysubmit_\w+", output)[0]  # type: ignore[index]
 
 
-def test_stopped_job_resumes_from_an_edited_tree(cluster: Cluster, inputs: list[str], tmp_path: Path) -> None:
-    storage = Path(next(i for i in inputs if i.startswith("run.storage=")).partition("=")[2])
-    files = RunFiles(storage / "quickstart")
-    submitted = cluster.submit(*inputs, wait=False)
-    assert submitted.returncode == 0, submitted.stderr
-    first = job_id(submitted.stdout + submitted.stderr)
-    cluster.wait_for_log(first, f"step 15/{STEPS}  loss")
-    stopped = cluster.ray("job", "stop", first)
-    assert stopped.returncode == 0, stopped.stderr
-    assert "was stopped" in cluster.ray("job", "status", first).stdout
-    time.sleep(2)
-    again = cluster.submit(*inputs, tree=edited_tree(tmp_path))
-    logs = cluster.logs(job_id(again.stdout + again.stderr))
-    assert again.returncode == 0, logs
-    resumed = int(re.search(r"resuming from step (\d+)", logs)[1])  # type: ignore[index]
-    assert 10 <= resumed < STEPS
-    assert re.search(rf"step {STEPS}/{STEPS}  loss [\d.]+  lr .*tok/s  ETA 0s \(edited\)", logs)
-    assert files.result["status"] == "finished" and files.result["step"] == STEPS
-    assert sorted(files.steps()) == list(range(1, STEPS + 1))
-    assert (storage / "quickstart" / "export" / f"step-{STEPS:08d}" / "model" / "config.json").is_file()
+@dataclass(frozen=True)
+class Resumed:
+    """A job that was stopped, submitted again from an edited tree, lost the node of one of its two workers, waited for
+    another one and went on to the end."""
+
+    files: RunFiles
+    stopped: str
+    """what ``ray job status`` says of the first submission"""
+    from_step: int
+    """that the second submission began with"""
+    from_step_after_loss: int
+    logs: str
+    """of the second submission"""
+
+
+@pytest.fixture(scope="module")
+def resumed(cluster: Cluster, inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> Resumed:
+    wide = ["cluster.cpus_per_worker=3", "cluster.wait_for_capacity_s=30"]  # a node each
+    with cluster.node(num_cpus=3):
+        submitted = cluster.submit(*inputs, *wide, wait=False)
+        assert submitted.returncode == 0, submitted.stderr
+        first = job_id(submitted.stdout + submitted.stderr)
+        cluster.wait_for_log(first, f"step 15/{STEPS}  loss")
+        done = cluster.ray("job", "stop", first)
+        assert done.returncode == 0, done.stderr
+        stopped = cluster.ray("job", "status", first).stdout
+        time.sleep(2)
+        tree = edited_tree(tmp_path_factory.mktemp("tree"))
+        again = cluster.submit(*inputs, *wide, tree=tree, wait=False)
+        second = job_id(again.stdout + again.stderr)
+        before = int(cluster.wait_for_log(second, r"attempt 2 \(\w+\): resuming from step (\d+)")[1])
+        cluster.wait_for_log(second, f"step 35/{STEPS}  loss")
+    cluster.wait_for_log(second, "attempt 2 failed")
+    cluster.wait_for_log(
+        second, r"waiting for room: cluster\.num_workers=2 with 3 CPU each; the cluster has 4 CPU, 0 GPU,"
+    )
+    with cluster.node(num_cpus=3):
+        after = int(cluster.wait_for_log(second, r"attempt 3 \(\w+\): resuming from step (\d+)")[1])
+        cluster.wait_for_log(second, "finished: all steps are done")
+        cluster.wait_for_end(second)
+    return Resumed(RunFiles(storage_of(inputs) / "quickstart"), stopped, before, after, cluster.logs(second))
+
+
+def storage_of(inputs: list[str]) -> Path:
+    return Path(next(value for value in inputs if value.startswith("run.storage=")).partition("=")[2])
+
+
+def test_stopped_job_resumes_from_an_edited_tree(resumed: Resumed) -> None:
+    assert "was stopped" in resumed.stopped
+    assert 10 <= resumed.from_step < STEPS
+    assert re.search(rf"step {STEPS}/{STEPS}  loss [\d.]+  lr .*tok/s  ETA 0s \(edited\)", resumed.logs)
+    assert resumed.files.result["status"] == "finished" and resumed.files.result["step"] == STEPS
+    assert (resumed.files.path / "export" / f"step-{STEPS:08d}" / "model" / "config.json").is_file()
+
+
+def test_lost_node_is_waited_for(resumed: Resumed) -> None:
+    assert resumed.from_step_after_loss >= 30 > resumed.from_step
+    assert resumed.files.result["attempts"] == 3
+
+
+def test_it_ends_as_the_run_that_was_left_alone(resumed: Resumed, inputs: list[str]) -> None:
+    """Which ran without Ray."""
+    config = str(ROOT / "launch" / "configs" / "quickstart.yaml")
+    local = [*inputs, "run.name=left-alone", "cluster.launcher=processes", "export.at_end=false"]
+    done = run_here(finetune.main, "--config", config, *local)
+    assert done.code == 0, done.output
+    assert resumed.files.trace() == RunFiles(storage_of(inputs) / "left-alone").trace()
 
 
 def test_job_that_can_not_be_placed_is_refused_in_time(cluster: Cluster, inputs: list[str]) -> None:
@@ -186,25 +240,3 @@ def test_job_that_can_not_be_placed_is_refused_in_time(cluster: Cluster, inputs:
 def test_relative_storage_is_refused(cluster: Cluster, inputs: list[str]) -> None:
     done = cluster.submit(*inputs, "run.storage=runs")
     assert done.returncode != 0 and "run.storage='runs' is relative" in done.stdout, done.stdout
-
-
-def test_lost_node_is_waited_for(cluster: Cluster, inputs: list[str]) -> None:
-    """The node that holds one of two workers goes away. The job waits until there is room again, and ends as the job of
-    the first test, which was never short of a node."""
-    storage = Path(next(i for i in inputs if i.startswith("run.storage=")).partition("=")[2])
-    wide = ["run.name=lost-node", "cluster.cpus_per_worker=3", "export.at_end=false", "cluster.wait_for_capacity_s=30"]
-    with cluster.node(num_cpus=3):
-        submitted = cluster.submit(*inputs, *wide, wait=False)
-        job = job_id(submitted.stdout + submitted.stderr)
-        cluster.wait_for_log(job, f"step 15/{STEPS}  loss")
-    cluster.wait_for_log(job, "attempt 1 failed")
-    cluster.wait_for_log(
-        job, r"waiting for room: cluster\.num_workers=2 with 3 CPU each; the cluster has 4 CPU, 0 GPU,"
-    )
-    with cluster.node(num_cpus=3):
-        resumed = cluster.wait_for_log(job, r"attempt 2 \(\w+\): resuming from step (\d+)")
-        assert int(resumed[1]) >= 10
-        cluster.wait_for_log(job, "finished: all steps are done")
-    files = RunFiles(storage / "lost-node")
-    assert files.result["attempts"] == 2 and files.result["status"] == "finished"
-    assert files.trace() == RunFiles(storage / "quickstart").trace()
