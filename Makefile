@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test test-unit lint format bench bench-gpu schema clean
+.PHONY: install quickstart test test-unit lint format bench bench-gpu chaos schema clean
 
 install: $(DEV_STAMP)
 
@@ -45,6 +45,10 @@ format: $(DEV_STAMP)
 schema: $(STAMP)
 	$(BIN)/python -m launch.config_schema
 	$(BIN)/python helm/config_in_values_schema.py
+
+# Kills runs at every place where they touch a file: hours. CHAOS_ARGS="--sample 100 --seed 1 --kinds kill".
+chaos: $(DEV_STAMP)
+	$(BIN)/python -m tests.support.chaos $(CHAOS_ARGS)
 
 # One device, no Ray: BENCH_ARGS="--shape 7b --method full"; docs/gpu.md.
 bench-gpu: $(STAMP)

@@ -23,9 +23,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data_shards.order.sampler import Sampler
 from data_shards.pack import Pack
-from data_shards.sampler import Sampler
-from data_shards.shard_reader import SplitReader, read_dataset_manifest
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
 from launch.config import Config, load_config
 from launch.quickstart_inputs import make_inputs

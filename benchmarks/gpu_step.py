@@ -247,7 +247,7 @@ def measure(options: argparse.Namespace) -> Measured:
         step_seconds=[seconds for seconds, _ in timed],
         losses=[result.loss for _, result in timed],
         seconds_by_part={name: statistics.median(values) for name, values in parts.items()},
-        flops_per_step=step_flops(shape, StepSize.of(packs.packs))._asdict(),
+        flops_per_step=step_flops(shape, StepSize.of(packs.all))._asdict(),
         matmul_flops=rate,
         peak_allocated_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
         peak_bytes=torch.cuda.max_memory_reserved() if on_gpu else resident,

@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_shards.packing import Packing, best_fit, pack
+from data_shards.writing.packing import Packing, best_fit, pack
 
 CAPACITY = 2048
 

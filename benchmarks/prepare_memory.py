@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.prepare_speed import STOP, make_tokenizer
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder
+from data_shards.encoding.encoder import Encoder
 from data_shards.prepare import prepare
 from data_shards.storage import Storage
 

@@ -22,7 +22,12 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"} | os.environ
+# BATON_BENCHMARK_CORES is set by --cores, for the processes that it starts.
+os.environ |= {
+    "RAYON_NUM_THREADS": os.environ.get("BATON_BENCHMARK_CORES", "1"),
+    "TOKENIZERS_PARALLELISM": str(os.environ.get("BATON_BENCHMARK_CORES", "1") != "1").lower(),
+    "OMP_NUM_THREADS": "1",
+}
 
 import argparse
 import json
@@ -44,7 +49,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder
+from data_shards.encoding.encoder import Encoder
 from data_shards.prepare import prepare
 from data_shards.storage import Storage
 
@@ -153,18 +158,26 @@ def report(taken: dict[str, list[Times]], num_records: int) -> None:
     print("medians        clock  processor  records/s by the clock")
     for name, (clock_s, processor_s) in medians.items():
         print(f"{name:10} {clock_s:7.2f} s  {processor_s:7.2f} s  {num_records / clock_s:9,.0f}")
-    ours = medians.pop("baton")
-    for name, (clock_s, processor_s) in medians.items():
-        by_clock, by_processor = clock_s / ours.clock_s, processor_s / ours.processor_s
+    ours = taken["baton"]
+    for name, theirs in taken.items():
+        if name == "baton":
+            continue
+        # Round by round: a shared machine's speed drifts, and less within a round than between rounds.
+        ratios = sorted(other.clock_s / own.clock_s for other, own in zip(theirs, ours, strict=True))
+        by_processor = statistics.median(b.processor_s / a.processor_s for a, b in zip(ours, theirs, strict=True))
         print(
-            f"baton is {by_clock:.2f} times as fast as {name} by the clock, {by_processor:.2f} times by processor time"
+            f"baton is {statistics.median(ratios):.2f} times as fast as {name} in the median round "
+            f"({ratios[0]:.2f}-{ratios[-1]:.2f}; by processor time {by_processor:.2f})"
         )
 
 
 def measured_on(cores: int, options: argparse.Namespace) -> dict[str, float]:
     """Seconds by the clock of one round of raw and baton."""
-    command = [sys.executable, __file__, "--data", str(options.data), "--rounds", "1", "--repeat", str(options.repeat)]
-    environment = os.environ | {"RAYON_NUM_THREADS": str(cores), "TOKENIZERS_PARALLELISM": str(cores > 1).lower()}
+    command = [
+        *(sys.executable, __file__, "--data", str(options.data), "--rounds", "1", "--repeat", str(options.repeat)),
+        *("--seq-len", str(options.seq_len), "--vocab-size", str(options.vocab_size)),
+    ]
+    environment = os.environ | {"BATON_BENCHMARK_CORES": str(cores)}
     done = subprocess.run(command, env=environment, text=True, capture_output=True, check=True)
     found = re.search(r"round 1: raw ([\d.]+) s, baton ([\d.]+) s", done.stdout)
     assert found, done.stdout
@@ -201,6 +214,8 @@ def main() -> None:
     parser.add_argument("--cores", type=int, nargs=2, help="what is gained from so many cores beside so many")
     options = parser.parse_args()
     if options.cores:
+        if options.peer:
+            parser.error("--cores and --peer are two comparisons; ask for one at a time")
         report_cores(options)
         return
     rows = [json.loads(line) for line in options.data.read_text(encoding="utf-8").splitlines()]

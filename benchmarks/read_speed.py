@@ -3,7 +3,7 @@
 The same rows of 2,048 tokens (ids, what is trained, the lengths of the packed sequences) are written in each library's
 own format, and read in random order, batch by batch, each library by its fastest documented way:
 
-- Baton: ``Sampler.rows_of_step`` and ``SplitReader.pack``
+- Baton: ``Sampler.rows_of_step`` and ``SplitReader.packs``
 - datasets: ``load_from_disk``, one indexing call a batch, in numpy format, and in the default format, which gives lists
   (as transformers' Trainer and TRL read)
 - streaming: ``LocalDataset`` (map-style, without the bookkeeping of ``StreamingDataset``) at the same random rows, and
@@ -37,9 +37,9 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from data_shards.order.sampler import Sampler  # noqa: E402
 from data_shards.pack import Pack, Sequence  # noqa: E402
-from data_shards.sampler import Sampler  # noqa: E402
-from data_shards.shard_reader import SplitReader, read_dataset_manifest  # noqa: E402
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest  # noqa: E402
 from data_shards.storage import Storage  # noqa: E402
 from tests.support.datasets import random_packs, write_dataset  # noqa: E402
 
@@ -94,7 +94,7 @@ def baton(folder: Path, packs: list[list[Sequence]]) -> dict[str, Contender]:
     reader = SplitReader(location, read_dataset_manifest(location), "train")
 
     def read(seed: int) -> Batches:
-        return ([reader.pack(row) for row in rows.tolist()] for rows in random_rows(len(packs), seed))
+        return (reader.packs(rows) for rows in random_rows(len(packs), seed))
 
     return {"baton": read}
 
@@ -242,7 +242,7 @@ def first_batches(location: Storage, num_rows: int) -> None:
         reader = SplitReader(location, read_dataset_manifest(location), "train")
         rows = sampler(num_rows, 7).rows_of_step(int(share * num_rows / GLOBAL_BATCH))
         reader.num_trained(rows)
-        collate([reader.pack(row) for row in rows[:BATCH].tolist()])
+        collate(reader.packs(rows[:BATCH]))
         print(f"  at {share:4.0%} of the epoch: {time.perf_counter() - started:.4f} s", flush=True)
 
 
@@ -260,8 +260,10 @@ def main() -> None:
     import torch
 
     from trainer.batch import collate
+    from trainer.host_memory import keep_freed_memory
 
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the trainer does on CPUs; it serves all contenders alike
     logging.disable(logging.WARNING)
     os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
     packs = random_packs(options.rows, SEQ_LEN, full=True)

@@ -20,9 +20,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data_shards.order.sampler import Sampler
 from data_shards.pack import Pack
-from data_shards.sampler import Sampler
-from data_shards.shard_reader import SplitReader, read_dataset_manifest
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
 from tests.support.tiny import MemoryPacks
 from trainer.batch import MicroBatch

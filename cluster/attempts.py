@@ -5,18 +5,20 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, decide_without_room, root_cause
 from cluster.launcher import WorkerLauncher
+from cluster.lease import Lease
 from cluster.run_metrics import RunState
 from cluster.run_monitor import Monitor, NoMonitor
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
-from trainer.run_directory import NoUsableCheckpoint, RunDirectory, Say, read_json, utc_now, write_json
+from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
+from trainer.survey import NoUsableCheckpoint, quarantine, survey, tip_and_newest
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Submission:
 
 
 class _StopRequest:
-    """Remembers a SIGTERM or SIGINT and passes it on to the running attempt through the storage."""
+    """Remembers a SIGTERM or SIGINT, or that the run was lost, and passes it on to the running attempt through the
+    storage."""
 
     def __init__(self, run: RunDirectory, say: Say) -> None:
         self._run = run
         self._say = say
+        self._reason = "the driver was asked to stop"
         self.wanted = False
         self.attempt: str | None = None
 
@@ -46,9 +50,15 @@ class _StopRequest:
         # Not in the handler itself: it may interrupt code that holds the very locks that writing needs.
         threading.Thread(target=self.forward, daemon=True).start()
 
+    def lose(self) -> None:
+        self._reason = "another launcher took the run over"
+        self.wanted = True
+        self._say(f"{self._reason}: the workers stop")
+        self.forward()
+
     def forward(self) -> None:
         if self.wanted and self.attempt is not None:
-            self._run.request_stop(self.attempt, "the driver was asked to stop")
+            self._run.request_stop(self.attempt, self._reason)
 
     def arrives_within(self, seconds: float) -> bool:
         """Sleep, but not through a signal. Polled: an Event set in a signal handler could deadlock with its waiter."""
@@ -75,6 +85,7 @@ def run_attempts(
     launcher: WorkerLauncher,
     make_spec: Callable[[str, CheckpointRef | None], WorkerSpec],
     *,
+    lease: Lease,
     max_failures_without_progress: int,
     monitor: Monitor | None = None,
     allowed_changes: tuple[str, ...] = (),
@@ -84,36 +95,43 @@ def run_attempts(
 
     Args:
         make_spec: the spec of an attempt, from its id and the checkpoint that it continues from.
+        lease: of this launcher on the run; without it no attempt is started.
+
+    Raises RunHeld once the run is another launcher's; nothing is written about it then.
     """
     history: list[AttemptEnd] = []
-    corrupt: frozenset[str] = frozenset()
-    chain = run.lineage()
-    parent = chain[-1] if chain else None
+    corrupt: dict[str, str] = {}
     stop = _StopRequest(run, say)
+    lease.when_lost(stop.lose)
     monitor = monitor or NoMonitor()
     with stop.listening():
         while True:
             try:
-                resume_from = run.newest(say, corrupt)
+                parent, resume_from = tip_and_newest(run, say, corrupt)
             except NoUsableCheckpoint as error:
-                return Submission(Decision(Action.FAIL, str(error)), parent.number if parent else 0, None)
+                return Submission(Decision(Action.FAIL, str(error)), len(run.lineage()), None)
             monitor.set_state(RunState.WAITING)
-            if not launcher.wait_for_room(lambda: stop.wanted, say):
+            has_room = launcher.wait_for_room(lambda: stop.wanted, say)
+            lease.check()
+            if not has_room:
                 step = resume_from.step if resume_from else 0
                 decision = decide_without_room(step, stop_wanted=stop.wanted)
                 return Submission(decision, parent.number if parent else 0, resume_from)
-            start = run.start_attempt(parent, resume_from, allowed_changes)
-            parent = start
+            # Once more: while this one waited, workers that it took the run from may have committed, and removed.
+            parent, resume_from = tip_and_newest(run, lambda line: None, corrupt)
+            start = run.start_attempt(parent, resume_from, allowed_changes, term=lease.term, claim=lease.id)
             where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
             say(f"attempt {start.number} ({start.attempt}): {where}")
             monitor.attempt_started(start.number)
             stop.attempt = start.attempt
             stop.forward()
             lost = launcher.run(make_spec(start.attempt, resume_from))
+            lease.check()
             end = _end_of(run, start.attempt, start.start_step, lost, corrupt)
             history.append(end)
             if end.error is not None and end.error.checkpoint is not None:
-                corrupt |= {end.error.checkpoint}
+                corrupt[end.error.checkpoint] = end.error.message
+                _quarantine(run, end.error.checkpoint, end.error.message, say)
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
             if decision.action == Action.RETRY:
                 monitor.set_state(RunState.WAITING)
@@ -123,18 +141,26 @@ def run_attempts(
                 if stop.arrives_within(decision.delay_s):
                     decision = decide(history, max_failures_without_progress, stop_wanted=True)
             record = {"decision": asdict(decision), "end": asdict(end), "at": utc_now()}
-            write_json(run.attempt(start.attempt), "decision.json", record)
+            with suppress(OSError):  # for people; a full disk must not change what follows
+                write_json(run.attempt(start.attempt), "decision.json", record)
             if decision.action != Action.RETRY:
                 return Submission(decision, start.number, _newest(run, corrupt))
 
 
-def _newest(run: RunDirectory, corrupt: frozenset[str]) -> CheckpointRef | None:
+def _quarantine(run: RunDirectory, name: str, reason: str, say: Say) -> None:
+    try:
+        quarantine(run, name, reason)
+    except OSError as error:  # this submission goes on without it all the same
+        say(f"checkpoint {name} could not be put in quarantine: {error}")
+
+
+def _newest(run: RunDirectory, corrupt: Mapping[str, str]) -> CheckpointRef | None:
     """For reports: None also where nothing can be used."""
-    usable = run.survey(lambda line: None, corrupt).usable
+    usable = survey(run, corrupt).usable
     return usable[-1] if usable else None
 
 
-def _end_of(run: RunDirectory, attempt: str, start_step: int, lost: str, corrupt: frozenset[str]) -> AttemptEnd:
+def _end_of(run: RunDirectory, attempt: str, start_step: int, lost: str, corrupt: Mapping[str, str]) -> AttemptEnd:
     newest = _newest(run, corrupt)
     committed = newest.step if newest else 0
     end = read_json(run.attempt(attempt), "end.json")

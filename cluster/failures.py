@@ -49,7 +49,11 @@ class Decision:
 
 def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
     """The error that explains the rest: one raised on purpose before the collective errors that it caused elsewhere."""
-    return min(errors, key=lambda e: (not e.bad_input, e.retryable, e.checkpoint is None, e.rank), default=None)
+    return min(
+        errors,
+        key=lambda e: (not e.bad_input, e.retryable, not e.disk_full, e.checkpoint is None, e.rank),
+        default=None,
+    )
 
 
 def _cause(end: AttemptEnd) -> str:
@@ -87,6 +91,8 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
     cause = _cause(last)
     if last.error and last.error.bad_input:
         return Decision(Action.BAD_INPUT, cause)
+    if last.error and last.error.disk_full:
+        return Decision(Action.STOP_RESUMABLE, cause)
     if last.error and not last.error.retryable:
         return Decision(Action.FAIL, cause)
     if stop_wanted:

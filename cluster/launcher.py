@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from cluster.config import ClusterConfig, Launcher, MetricsConfig
@@ -35,7 +36,7 @@ class WorkerLauncher(Protocol):
         ...
 
 
-def make_launcher(config: ClusterConfig) -> WorkerLauncher:
+def _make_launcher(config: ClusterConfig) -> WorkerLauncher:
     """The one that ``cluster.launcher`` names; only its own libraries are imported."""
     if config.launcher == Launcher.PROCESSES:
         from cluster.local_processes import LocalProcesses
@@ -44,3 +45,13 @@ def make_launcher(config: ClusterConfig) -> WorkerLauncher:
     from cluster.ray_train import RayTrain
 
     return RayTrain(config)
+
+
+@contextmanager
+def launching(config: ClusterConfig) -> Iterator[WorkerLauncher]:
+    """A launcher that is closed in the end."""
+    launcher = _make_launcher(config)
+    try:
+        yield launcher
+    finally:
+        launcher.close()

@@ -127,7 +127,6 @@ def _worker(spec: dict[str, object], environment: Mapping[str, str]) -> None:
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP was loaded before it could be told
     run_worker(WorkerSpec.model_validate(spec))
-    torch.distributed.destroy_process_group()
 
 
 def _run(workers: Sequence[BaseProcess]) -> str:

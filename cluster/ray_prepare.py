@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from data_shards.batch_encoder import audit_limits
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder
+from data_shards.encoding.encoder import Encoder
 from data_shards.errors import BadInput, BatonError
 from data_shards.prepare import Report, write_tasks
 from data_shards.storage import Storage
-from data_shards.windows import Receipt, Task, is_done, read_receipts
+from data_shards.writing.batch_encoder import audit_limits
+from data_shards.writing.receipts import Receipt, is_done, read_receipts
+from data_shards.writing.tasks import Task
 
 _TRIES = 3
 """Of a task whose node is lost; what it had committed is kept."""
@@ -70,6 +71,8 @@ def write_tasks_on_ray(
         raise BatonError(f"preparing on the Ray cluster failed: {error}. What was committed is kept") from error
     receipts.clear()
     receipts.update(read_receipts(location, limits))
+    if not all(is_done(receipts.get(task.number, [])) for task in tasks):
+        raise FileNotFoundError(f"{location.uri}: receipts are gone; another job may have finished this dataset")
 
 
 def _run(task: Task, shared: tuple[DataConfig, Encoder], uri: str) -> None:

@@ -53,7 +53,7 @@ def connect(slots: int) -> bool:
     if in_ray_job() or os.environ.get("RAY_ADDRESS"):
         ray.init(address="auto", log_to_driver=True)
         return False
-    # Workers started before anybody asks have not the environment that ours get, and are never used.
+    # Else one idle worker a CPU, of no use to training, whose workers get an environment of their own.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     # Without a dashboard Ray Train warns each second that it can't ask it; only errors are worth a line here.

@@ -93,7 +93,8 @@ class Figures:
         body = signed_json.decode(data, KIND, VERSION, where)
         try:
             body["counters"] = dict.fromkeys(COUNTERS, 0.0) | body["counters"]
-            position, commits = Progress(**body["position"]), CommitTotals(**body["commits"])
+            position = Progress(**body["position"])
+            commits = CommitTotals(body["commits"]["number"], body["commits"]["size_bytes"])
             return cls(**body | {"position": position, "commits": commits})
         except (KeyError, TypeError) as error:
             raise CorruptFile(f"{where}: a field is missing or of the wrong type ({error})") from error
@@ -177,13 +178,14 @@ class RunMetrics:
         for part, seconds in now.seconds.items():
             increment_s = max(0.0, seconds - was.seconds.get(part, 0.0))
             figures.step_seconds[part] = figures.step_seconds.get(part, 0.0) + increment_s
+            if part == "checkpoint":
+                figures.counters["baton_checkpoint_seconds"] += increment_s
         figures.position = now
 
     def _count_commits(self, now: CommitTotals) -> None:
         counters, was = self._figures.counters, self._figures.commits
         counters["baton_checkpoints"] += now.number - was.number
         counters["baton_checkpoint_bytes"] += now.size_bytes - was.size_bytes
-        counters["baton_checkpoint_seconds"] += now.seconds - was.seconds
         self._figures.commits = now
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from data_shards.audit_config import AuditConfig
+from data_shards.audit.config import AuditConfig
 from data_shards.config_model import ConfigModel
-from data_shards.packing import Packing
-from data_shards.permutation import Order
-from data_shards.source_config import ColumnNames, RecordFormat, SourceConfig, parse_source
+from data_shards.order.permutation import Order
+from data_shards.sources.config import ColumnNames, RecordFormat, SourceConfig, parse_source
+from data_shards.writing.packing import Packing
 
 __all__ = ["ColumnNames", "ConfigModel", "DataConfig", "RecordFormat", "SourceConfig", "TooLong", "TrainOn"]
 
@@ -106,7 +106,12 @@ class DataConfig(ConfigModel):
     cleaning: CleaningConfig = CleaningConfig()
     audit: AuditConfig = AuditConfig()
     prepared: str | None = Field(None, description="Where shards go; default <storage>/datasets.")
-    max_shard_tokens: int = Field(16_000_000, ge=1, description="Tokens per Arrow shard, and packed together, at most.")
+    max_shard_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens packed together, and written as an Arrow shard, at most; default 4 million, or 128 packs "
+        "if that is more.",
+    )
     processes: int | None = Field(
         None, ge=1, description="Processes that prepare; default one per core, fewer for little data."
     )
@@ -161,6 +166,15 @@ class DataConfig(ConfigModel):
     def weights(self) -> dict[str, float]:
         """Of the training sources, by name; empty where they have none."""
         return {source.name: source.weight for source in self.train if source.weight is not None}
+
+    @property
+    def shard_tokens(self) -> int:
+        """At most so many tokens are packed together and written as one shard.
+
+        Preparing holds them in memory, and a shard is what is fetched from a store at once: no more than it takes for
+        the packs to be full.
+        """
+        return self.max_shard_tokens or max(4_000_000, 128 * self.seq_len)
 
     @property
     def held_out_share(self) -> float:

@@ -7,17 +7,17 @@ from typing import Any
 
 from data_shards import manifest as manifests
 from data_shards import signed_json
-from data_shards.batch_encoder import records_by_split
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder
-from data_shards.record import Record
-from data_shards.records import source_batches
-from data_shards.sampler import SAMPLER_VERSION
-from data_shards.source_config import SourceConfig
-from data_shards.source_files import SourceFile
-from data_shards.sources import content_identity, resolve
+from data_shards.encoding.encoder import Encoder
+from data_shards.order.sampler import SAMPLER_VERSION
+from data_shards.sources.config import SourceConfig
+from data_shards.sources.files import SourceFile
+from data_shards.sources.find import content_identity, resolve
+from data_shards.sources.record import Record
+from data_shards.sources.records import source_batches
 from data_shards.splits import TRAIN
 from data_shards.storage import sha256
+from data_shards.writing.batch_encoder import records_by_split
 
 _OPTIONS = (
     "validation_fraction",
@@ -28,7 +28,6 @@ _OPTIONS = (
     "too_long",
     "cleaning",
     "require_stop_token",
-    "max_shard_tokens",
 )
 _OF_A_SOURCE = ("name", "format", "columns", "limit", "label_names", "prompt_template")
 
@@ -61,7 +60,7 @@ def fingerprint_parts(config: DataConfig, encoder: Encoder, corpus: Corpus | Non
     return {
         "sources": [source | {"template": text} for source, text in zip(corpus.identity(), templates, strict=True)],
         "encoding": encoder.identity(),
-        "options": config.model_dump(mode="json", include=set(_OPTIONS)),
+        "options": config.model_dump(mode="json", include=set(_OPTIONS)) | {"max_shard_tokens": config.shard_tokens},
         "format_version": manifests.VERSION,
         "sampler_version": SAMPLER_VERSION,
     }

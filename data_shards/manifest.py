@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from data_shards import signed_json
 from data_shards.errors import CorruptFile
-from data_shards.mixture import SourceRows
-from data_shards.storage import FileEntry
+from data_shards.hashed_file import FileEntry
+from data_shards.order.mixture import SourceRows
 
 KIND = "baton-dataset"
 VERSION = 2

@@ -9,34 +9,29 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
 from data_shards import manifest as manifests
-from data_shards.audit_batch import TokenizerFacts
-from data_shards.batch_encoder import BatchEncoder, DropReason, EncodedBatch, audit_limits
+from data_shards.audit.batch import TokenizerFacts
+from data_shards.audit.dataset import check_audit, write_audit
 from data_shards.config import DataConfig
 from data_shards.corpus import Corpus, encoders_of, fingerprint_of, fingerprint_parts
-from data_shards.dataset_audit import check_audit, write_audit
-from data_shards.encode import Encoder
+from data_shards.encoding.encoder import Encoder
 from data_shards.errors import CorruptFile, DataError
 from data_shards.manifest import DatasetManifest, SourceEntry, SplitEntry
 from data_shards.processes import ordered_map
-from data_shards.row_counts import write_counts
-from data_shards.shard_reader import read_dataset_manifest
+from data_shards.reading.shard_reader import read_dataset_manifest
 from data_shards.splits import TEST, TRAIN, VALIDATION
 from data_shards.storage import Storage
-from data_shards.windows import (
-    FOLDER,
-    Receipt,
-    Task,
-    WindowWriter,
-    added_up,
-    all_receipts,
-    jobs_of,
-    plan_tasks,
-    read_receipts,
-)
+from data_shards.writing.batch_encoder import BatchEncoder, DropReason, EncodedBatch, audit_limits
+from data_shards.writing.receipts import FOLDER, Receipt, audits_of, in_order, read_receipts
+from data_shards.writing.row_counts import write_counts
+from data_shards.writing.tasks import Task, plan_tasks
+from data_shards.writing.window_writer import WindowWriter, jobs_of
 
 __all__ = ["TRAIN", "VALIDATION", "Prepared", "prepare"]
 
@@ -79,10 +74,22 @@ def prepare(
         with _alone(root, fingerprint, report):
             found = _already(location, _silent)  # perhaps by whom we waited for
             if found is None:
-                found = _make(config, encoder, location, corpus, parts, write or write_tasks, report)
+                make = partial(_make, config, encoder, location, corpus, parts, write or write_tasks, report)
+                found = _made_or_found(make, location)
             _remove_receipts(location)
     check_audit(location, config.audit, report, tell=is_new)
     return found
+
+
+def _made_or_found(make: Callable[[], Prepared], location: Storage) -> Prepared:
+    """What is made; on an object store another job may finish the same dataset at the same time, and then the receipts
+    are gone."""
+    try:
+        return make()
+    except FileNotFoundError:
+        if found := _already(location, _silent):
+            return found
+        raise
 
 
 def _make(
@@ -97,7 +104,8 @@ def _make(
     location.remove_leftovers()
     written = _write_windows(config, encoder, location, corpus, write, report)
     splits = _splits(config, location, written, report)
-    write_audit(location, (receipt.audit for _, receipt in written), splits, config.seq_len, encoder)
+    audits = audits_of(location, (receipt for _, receipt in written), audit_limits(config))
+    write_audit(location, audits, splits, config.seq_len, encoder)
     made = Prepared(location, DatasetManifest(fingerprint_of(parts), config.seq_len, splits, parts))
     location.write(manifests.MANIFEST, [made.manifest.to_bytes()])
     report(f"data: prepared at {location.uri}")
@@ -149,7 +157,7 @@ def _write_windows(
     if kept := sum(map(len, receipts.values())):
         report(f"data: going on after {kept} finished parts")
     write(tasks, config, encoder, location, receipts, report)
-    return list(all_receipts(receipts, tasks))
+    return list(in_order(receipts, tasks))
 
 
 def write_tasks(
@@ -212,7 +220,10 @@ def _split_entry(
 ) -> SplitEntry:
     found = [(task, receipt.splits[name]) for task, receipt in written if name in receipt.splits]
     windows = [window for _, window in found]
-    counts = [count for window in windows for count in window.row_counts]
+    counts = np.concatenate([np.zeros(0, np.int32), *(window.row_counts for window in windows)])
+    dropped: Counter[str] = Counter()
+    for window in windows:
+        dropped.update(window.dropped)
     rows: Counter[str] = Counter()
     for task, window in found:
         rows[task.source.name] += len(window.row_counts)
@@ -221,8 +232,8 @@ def _split_entry(
         rows=len(counts),
         records=sum(window.records for window in windows),
         tokens=sum(window.tokens for window in windows),
-        trained_tokens=sum(counts),
-        dropped=added_up(window.dropped for window in windows),
+        trained_tokens=int(counts.sum(dtype=np.int64)),
+        dropped=dict(dropped),
         truncated=sum(window.truncated for window in windows),
         sources=tuple(SourceEntry(*item) for item in rows.items()),
         counts=write_counts(location, name, counts),

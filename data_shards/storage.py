@@ -11,8 +11,8 @@ import hashlib
 import os
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,79 +20,16 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import xxhash
 
-from data_shards.errors import BadInput, CorruptFile
+from data_shards.errors import BadInput
+from data_shards.fault_points import reach
+from data_shards.hashed_file import BLOCK_BYTES, BlockHasher, FileEntry
 from data_shards.retry import ONE_MINUTE, Patience, Result, with_retries
 
-BLOCK_BYTES = 8 * 1024 * 1024
-"""Hashes are kept per block, so that a reader verifies just the blocks that it touches."""
+_COPY_BYTES = 1024 * 1024
+"""Hashed and written at a time, so that what is written still lies in the processor's cache."""
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.probe-[0-9a-f]{32}")
 """What a writer, or a check of whether one may write, leaves when it is killed."""
-
-
-@dataclass(frozen=True)
-class FileEntry:
-    """A file as its manifest lists it."""
-
-    path: str
-    """relative to the manifest's directory"""
-    size: int
-    """bytes"""
-    block_hashes: tuple[str, ...]
-    """xxh3-128 (hex) of each 8 MiB block"""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size, "block_hashes": list(self.block_hashes)}
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any], where: str) -> FileEntry:
-        """Raises CorruptFile where the path would leave the directory of ``where``, the manifest."""
-        path = str(value["path"])
-        if not path or path.startswith("/") or "\\" in path or ".." in path.split("/") or ":" in path:
-            raise CorruptFile(f"{where}: names the file {path!r}, outside its own directory; it is not one of ours")
-        return cls(path, int(value["size"]), tuple(map(str, value["block_hashes"])))
-
-    def block_bounds(self, block: int) -> tuple[int, int]:
-        """Bytes ``[start, stop)`` of a block."""
-        start = block * BLOCK_BYTES
-        return start, min(start + BLOCK_BYTES, self.size)
-
-    def check_block(self, block: int, data: Any, where: str) -> None:
-        """Raises CorruptFile, naming ``where``, unless ``data`` (bytes-like) is this block."""
-        if xxhash.xxh3_128(data).hexdigest() != self.block_hashes[block]:
-            start, stop = self.block_bounds(block)
-            raise CorruptFile(f"{where}: block {block} (bytes {start}-{stop}) does not match its hash")
-
-    def check_size(self, size: int | None, where: str) -> None:
-        """Raises CorruptFile, naming ``where``, unless the file is as large as it should be (None: there is none)."""
-        if size != self.size:
-            problem = "missing" if size is None else f"{size} bytes"
-            raise CorruptFile(f"{where}: {problem}, its manifest says {self.size}")
-        if len(self.block_hashes) != -(-self.size // BLOCK_BYTES):
-            raise CorruptFile(f"{where}: its manifest lists {len(self.block_hashes)} block hashes, too few or many")
-
-
-class BlockHasher:
-    """Hashes a stream of bytes block by block."""
-
-    def __init__(self) -> None:
-        self._current = xxhash.xxh3_128()
-        self._room = BLOCK_BYTES
-        self._done: list[str] = []
-        self.size = 0
-
-    def update(self, data: memoryview) -> None:
-        self.size += len(data)
-        while len(data):
-            part, data = data[: self._room], data[self._room :]
-            self._current.update(part)
-            self._room -= len(part)
-            if self._room == 0:
-                self._done.append(self._current.hexdigest())
-                self._current, self._room = xxhash.xxh3_128(), BLOCK_BYTES
-
-    def hashes(self) -> tuple[str, ...]:
-        return (*self._done, *([] if self._room == BLOCK_BYTES else [self._current.hexdigest()]))
 
 
 @dataclass(frozen=True)
@@ -141,6 +78,14 @@ class Storage:
         """Where it lies on this machine, if it does."""
         return Path(self._base) if isinstance(self._filesystem, pafs.LocalFileSystem) else None
 
+    def bounded(self) -> Storage:
+        """The same folder, for writing large files in little memory: to S3, pyarrow sends parts behind the writer, all
+        that there are at once, so that of what is made faster than it is sent everything would be held."""
+        if not isinstance(self._filesystem, pafs.S3FileSystem):
+            return self
+        make, (options,) = self._filesystem.__reduce__()  # its only way to tell how it was opened
+        return replace(self, _filesystem=make({**options, "background_writes": False}))
+
     def _full(self, relative: str) -> str:
         return f"{self._base.rstrip('/')}/{relative}" if relative else self._base
 
@@ -160,41 +105,49 @@ class Storage:
                 "space, or choose another with run.storage=…"
             ) from error
 
-    def write(self, relative: str, chunks: Iterable[Any]) -> FileEntry:
-        """Write one whole file from bytes-like chunks, and hash it on the way.
+    def write(self, relative: str, chunks: Iterable[Any], block_bytes: int = BLOCK_BYTES) -> FileEntry:
+        """Write one whole file from bytes-like chunks, and hash it on the way, in blocks of so many bytes.
 
         If ``chunks`` raises, nothing becomes visible on a local path; an object store may show a truncated object,
         which no manifest names. An upload that breaks begins again if ``chunks`` can be iterated again (a list can, a
         generator can't).
         """
         if self.local_path is not None:
-            return self._write_local(self.local_path / relative, relative, chunks)
+            return self._write_local(self.local_path / relative, relative, chunks, BlockHasher(block_bytes))
         if iter(chunks) is chunks:
-            return self._upload(relative, chunks)
-        return self.retrying(lambda: self._upload(relative, chunks), "writing", relative)
+            return self._upload(relative, chunks, block_bytes)
+        return self.retrying(lambda: self._upload(relative, chunks, block_bytes), "writing", relative)
 
-    def _upload(self, relative: str, chunks: Iterable[Any]) -> FileEntry:
-        hasher = BlockHasher()
+    def _upload(self, relative: str, chunks: Iterable[Any], block_bytes: int) -> FileEntry:
+        hasher = BlockHasher(block_bytes)
+        reach("upload", self._full(relative))
         with self._filesystem.open_output_stream(self._full(relative)) as stream:
             _copy(chunks, hasher, stream.write)
-        return FileEntry(relative, hasher.size, hasher.hashes())
+            reach("end upload", self._full(relative))
+        reach("uploaded", self._full(relative))
+        return FileEntry(relative, hasher.size, hasher.digests(), block_bytes)
 
     @staticmethod
-    def _write_local(target: Path, relative: str, chunks: Iterable[Any]) -> FileEntry:
-        hasher = BlockHasher()
+    def _write_local(target: Path, relative: str, chunks: Iterable[Any], hasher: BlockHasher) -> FileEntry:
+        reach("create", target)
         target.parent.mkdir(parents=True, exist_ok=True)
         aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
         try:
             with aside.open("wb") as file:
+                reach("write", target)
                 _copy(chunks, hasher, file.write)
                 file.flush()
+                reach("sync", target)
                 os.fsync(file.fileno())
+            reach("rename", target)
             aside.replace(target)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
+        reach("sync folder", target)
         _sync_directory(target.parent)
-        return FileEntry(relative, hasher.size, hasher.hashes())
+        reach("written", target)
+        return FileEntry(relative, hasher.size, hasher.digests(), hasher.block_bytes)
 
     def read(self, relative: str) -> bytes:
         """Raises FileNotFoundError."""
@@ -204,6 +157,7 @@ class Storage:
             raise FileNotFoundError(*error.args) from error
 
     def _read(self, relative: str) -> bytes:
+        reach("read", self._full(relative))
         with self._filesystem.open_input_file(self._full(relative)) as file:
             return file.read()
 
@@ -224,7 +178,14 @@ class Storage:
 
     def _infos(self, relative: str) -> Iterable[pafs.FileInfo]:
         selector = pafs.FileSelector(self._full(relative), allow_not_found=True, recursive=False)
-        return self.retrying(lambda: self._filesystem.get_file_info(selector), "listing", relative)
+
+        def listed() -> Iterable[pafs.FileInfo]:
+            try:
+                return self._filesystem.get_file_info(selector)
+            except FileNotFoundError:  # made, or gone, between pyarrow's looking for it and its listing
+                return self._filesystem.get_file_info(selector)
+
+        return self.retrying(listed, "listing", relative)
 
     def exists(self, relative: str) -> bool:
         return self.size(relative) is not None
@@ -246,10 +207,14 @@ class Storage:
         return tuple(found)
 
     def delete_file(self, relative: str) -> None:
+        reach("delete", self._full(relative))
         self.retrying(lambda: self._filesystem.delete_file(self._full(relative)), "deleting", relative)
+        reach("deleted", self._full(relative))
 
     def delete_tree(self, relative: str) -> None:
+        reach("delete tree", self._full(relative))
         self.retrying(lambda: self._filesystem.delete_dir(self._full(relative)), "deleting", relative)
+        reach("deleted tree", self._full(relative))
 
 
 def _parted(uri: str) -> tuple[str, str, str]:
@@ -260,8 +225,10 @@ def _parted(uri: str) -> tuple[str, str, str]:
 def _copy(chunks: Iterable[Any], hasher: BlockHasher, write: Callable[[memoryview], Any]) -> None:
     for chunk in chunks:
         view = memoryview(chunk).cast("B")
-        hasher.update(view)
-        write(view)
+        for start in range(0, len(view), _COPY_BYTES):
+            part = view[start : start + _COPY_BYTES]
+            hasher.update(part)
+            write(part)
 
 
 def _sync_directory(path: Path) -> None:
@@ -270,50 +237,6 @@ def _sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-class VerifiedReader:
-    """Random access to a file listed in a manifest; every block that is touched is hashed first, once.
-
-    Raises CorruptFile on a wrong size or hash.
-    """
-
-    def __init__(self, storage: Storage, entry: FileEntry) -> None:
-        self._where = storage.uri_of(entry.path)
-        entry.check_size(storage.size(entry.path), self._where)
-        self._storage = storage
-        self._file = storage.open(entry.path)
-        self._entry = entry
-        self._verified: set[int] = set()
-
-    def read(self, start: int, stop: int) -> bytes:
-        """Bytes ``[start, stop)``."""
-        if not 0 <= start <= stop <= self._entry.size:
-            raise CorruptFile(f"{self._where}: asked for bytes {start}-{stop} of {self._entry.size}")
-        for block in range(start // BLOCK_BYTES, -(-stop // BLOCK_BYTES)):
-            if block not in self._verified:
-                self._read_block(block)
-        return self._read_at(start, stop)
-
-    def blocks(self) -> Iterator[bytes]:
-        """The whole file, block by block."""
-        return map(self._read_block, range(len(self._entry.block_hashes)))
-
-    def verify_all(self) -> None:
-        for _ in self.blocks():
-            pass
-
-    def _read_block(self, block: int) -> bytes:
-        data = self._read_at(*self._entry.block_bounds(block))
-        self._entry.check_block(block, data, self._where)
-        self._verified.add(block)
-        return data
-
-    def _read_at(self, start: int, stop: int) -> bytes:
-        return self._storage.retrying(lambda: self._file.read_at(stop - start, start), "reading", self._entry.path)
-
-    def close(self) -> None:
-        self._file.close()
 
 
 def content_hash(paths: Iterable[Path]) -> str:

@@ -16,6 +16,7 @@ from launch.exit_codes import ExitCode
 from launch.runs import location
 from trainer import checkpoint
 from trainer.run_directory import RunDirectory
+from trainer.survey import lines_of, release, survey
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -30,13 +31,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _list(run: RunDirectory) -> int:
-    for ref in run.usable_checkpoints():
+    found = survey(run)
+    for ref in found.usable:
         manifest = ref.manifest
         size = sum(entry.size for entry in manifest.files)
         loss = f"{manifest.progress.last_loss:.4f}" if manifest.progress.last_loss is not None else "-"
         print(
             f"step {ref.step:>8}  {manifest.created}  W={manifest.world_size}  {size:,} bytes  loss {loss}  {ref.name}"
         )
+    for line in lines_of(found):
+        print(line)
     return ExitCode.DONE
 
 
@@ -45,7 +49,8 @@ def _verify(run: RunDirectory) -> int:
     for name in run.checkpoints.list():
         try:
             ref = checkpoint.verify(run.checkpoints, name)
-            print(f"good  {name}  {sum(entry.size for entry in ref.manifest.files):,} bytes")
+            released = "; taken out of quarantine" if release(run, name) else ""
+            print(f"good  {name}  {sum(entry.size for entry in ref.manifest.files):,} bytes{released}")
         except FileNotFoundError:
             print(f"none  {name}  never committed (no manifest)")
         except CorruptFile as error:

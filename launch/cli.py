@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from data_shards.errors import BadInput, BatonError
 from launch.config import Config, load_config, resolve_paths
 from launch.exit_codes import ExitCode
+from trainer.errors import DiskFull, RunHeld
+from trainer.room import is_out_of_room
 from trainer.run_directory import utc_now
 
 VERBS = {
@@ -64,12 +66,21 @@ def run_verb(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> 
     except BadInput as error:
         print(f"baton: {error}", file=sys.stderr, flush=True)
         return int(ExitCode.BAD_INPUT)
+    except RunHeld as error:
+        print(f"baton: {error}", file=sys.stderr, flush=True)
+        return int(ExitCode.HELD)
+    except DiskFull as error:  # under torchrun, where no driver decides
+        print(f"baton: {error}", file=sys.stderr, flush=True)
+        return int(ExitCode.STOPPED)
     except BatonError as error:
         print(f"baton: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return int(ExitCode.FAILED)
     except OSError as error:
         if error.filename is None:
             traceback.print_exc()  # "No such file or directory" alone would leave everybody guessing
+        if is_out_of_room(error):
+            print(f"baton: {error}. Make room, and run the command again: it goes on", file=sys.stderr, flush=True)
+            return int(ExitCode.STOPPED)
         print(
             f"baton: {error}. Nothing committed is lost; mend it and run the command again", file=sys.stderr, flush=True
         )

@@ -35,9 +35,10 @@ class Difference(NamedTuple):
     key: str
     was: Any
     now: Any
+    note: str = ""
 
     def __str__(self) -> str:
-        return f"{self.key}: was {self.was!r}, now {self.now!r}"
+        return f"{self.key}: was {self.was!r}, now {self.now!r}" + (f" ({self.note})" if self.note else "")
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -55,16 +56,35 @@ def _matters(key: str) -> bool:
 
 
 def differences(was: dict[str, Any], now: dict[str, Any]) -> list[Difference]:
-    """Differences that matter between two run records: ``config``, ``base``, and ``data`` (a fingerprint's parts)."""
+    """Differences that matter between two run records: ``config``, ``base``, and ``data`` (a fingerprint's parts).
+
+    ``base_files``, where both have it, tells which of the base's files changed.
+    """
+    changed_files = _changed_files(was.get("base_files", {}), now.get("base_files", {}))
     found = []
     for section, prefix in (("config", ""), ("base", "model.base"), ("data", "data")):
         old, new = flatten(was[section], prefix), flatten(now[section], prefix)
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and (section != "config" or _matters(key)):
-                found.append(Difference(key, old.get(key), new.get(key)))
+                note = changed_files if section == "base" else ""
+                found.append(Difference(key, old.get(key), new.get(key), note))
     return found
 
 
+def _changed_files(was: dict[str, str], now: dict[str, str]) -> str:
+    """What became of the base's files, in words; nothing where either side did not record them."""
+    if not was or not now:
+        return ""
+    changed = [f"{name} has other contents" for name in sorted(was.keys() & now.keys()) if was[name] != now[name]]
+    gone = [f"{name} is gone" for name in sorted(was.keys() - now.keys())]
+    return ", ".join(changed + gone + [f"{name} is new" for name in sorted(now.keys() - was.keys())])
+
+
+def allowed(key: str, allow: Sequence[str]) -> bool:
+    """Whether an entry of ``resume.allow`` covers the key; it covers its own and all below it."""
+    return any(key == entry or key.startswith(f"{entry}.") for entry in allow)
+
+
 def refused(found: Sequence[Difference], allow: Sequence[str]) -> list[Difference]:
-    """Those that no entry of ``resume.allow`` covers; an entry covers its key and all below it."""
-    return [d for d in found if not any(d.key == key or d.key.startswith(f"{key}.") for key in allow)]
+    """Those that ``resume.allow`` does not cover."""
+    return [d for d in found if not allowed(d.key, allow)]

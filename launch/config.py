@@ -52,6 +52,17 @@ class Config(TrainerConfig):
             raise ValueError("export.merge_lora needs the base's weights, and model.random_init=true has none")
         return self
 
+    @model_validator(mode="after")
+    def _saves_end_before_collectives_do(self) -> Config:
+        longest = 2 * self.checkpoint.commit_timeout_s
+        if longest >= self.cluster.collective_timeout_s:
+            raise ValueError(
+                f"checkpoint.commit_timeout_s={self.checkpoint.commit_timeout_s:g} is too long: workers wait up to "
+                "twice as long for the last save, and cluster.collective_timeout_s="
+                f"{self.cluster.collective_timeout_s:g} would end them. Lower the one or raise the other"
+            )
+        return self
+
     def trainer(self) -> TrainerConfig:
         return TrainerConfig.model_validate({name: getattr(self, name) for name in TrainerConfig.model_fields})
 

@@ -15,10 +15,10 @@ if __package__ in (None, ""):  # as a script: `python launch/evaluate.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cluster.failures import root_cause
-from cluster.launcher import WorkerLauncher, make_launcher
+from cluster.launcher import WorkerLauncher, launching
 from data_shards.errors import BadInput, BatonError
 from data_shards.prepare import VALIDATION, Prepared
-from data_shards.shard_reader import SplitReader
+from data_shards.reading.shard_reader import SplitReader
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import Config
 from launch.evaluation_subject import (
@@ -178,11 +178,8 @@ def main(arguments: Sequence[str]) -> int:
     if under_torchrun():
         return evaluate_under_torchrun(config, request)
     spec = make_spec(config, request)
-    launcher = make_launcher(config.cluster)
-    try:
+    with launching(config.cluster) as launcher:
         result = run_evaluation(spec, launcher)
-    finally:
-        launcher.close()
     tell(spec, result)
     return ExitCode.DONE
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data_shards.encode import load_tokenizer, tokenizer_identity
+from data_shards.encoding.encoder import load_tokenizer, tokenizer_identity
 from data_shards.errors import BadInput
 from data_shards.manifest import DatasetManifest
 from launch.config import Config
-from launch.places import at_commit, newest_checkpoint, open_run
+from launch.places import at_commit, check_adapter_base, newest_checkpoint, open_run
 from trainer.checkpoint import CheckpointRef
 from trainer.config import LoraConfig, Method, ModelConfig, TrainerConfig, TrainingConfig
 from trainer.export import ADAPTER_FILE
-from trainer.model import base_identity, check_base_directory, model_config
+from trainer.model import check_base_directory, model_config
 from trainer.run_directory import read_json
 
 _PLAIN_LORA = {
@@ -65,7 +65,7 @@ def checkpoint_subject(config: Config, base: Path, step: int | None) -> Subject:
     ref = newest_checkpoint(run, step)
     was_model, was_training, seed = _recorded(ref)
     if was_training.method == Method.LORA:
-        _check_base(config, base, ref)
+        check_adapter_base(config, base, ref)
     model = was_model.model_copy(
         update={
             "base": config.model.base,
@@ -147,14 +147,6 @@ def _recorded(ref: CheckpointRef) -> tuple[ModelConfig, TrainingConfig, int]:
             f"checkpoint {ref.name} was committed by a release whose configuration this one can't read ({error}); "
             "export it with that release and give --model"
         ) from error
-
-
-def _check_base(config: Config, base: Path, ref: CheckpointRef) -> None:
-    if (now := base_identity(config.model, base)) != ref.manifest.base:
-        raise BadInput(
-            f"checkpoint {ref.name} is an adapter for the base {ref.manifest.base}, and model.base="
-            f"{config.model.base!r} is {now}; give the base that it was trained on"
-        )
 
 
 def _adapter_lora(folder: Path) -> LoraConfig:

@@ -12,5 +12,7 @@ class ExitCode(IntEnum):
     """failed, with the reason; running the same command again is not expected to help"""
     BAD_INPUT = 2
     """something given is wrong; nothing was started"""
+    HELD = 69
+    """another launcher holds the run, from the start or since it took it over (EX_UNAVAILABLE of sysexits.h)"""
     STOPPED = 75
     """stopped with progress saved; run the same command again (EX_TEMPFAIL of sysexits.h)"""

@@ -15,60 +15,69 @@ from data_shards.storage import Storage
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import Config
 from launch.exit_codes import ExitCode
-from launch.places import newest_checkpoint, open_run
+from launch.places import check_adapter_base, newest_checkpoint, open_run
 from trainer.config import Method
 from trainer.export import ExportSource, export_adapter, export_full, export_merged
+from trainer.export_plan import ExportKind
 from trainer.model import locate_base
 from trainer.run_directory import RunDirectory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
-MODEL, ADAPTER, MERGED = "model", "adapter", "merged"
 
 
 def export_folder(run: RunDirectory, step: int) -> Storage:
     return run.storage.child(f"export/step-{step:08d}")
 
 
-def find_export(config: Config, step: int, kind: str | None = None) -> Storage | None:
+def find_export(config: Config, step: int, kind: ExportKind | None = None) -> Storage | None:
     """The complete export of this step, by default the model or the adapter; None where there is none."""
-    kind = kind or (ADAPTER if config.training.method == Method.LORA else MODEL)
+    kind = kind or wanted_kinds(config)[0]
     place = export_folder(open_run(config), step).child(kind)
-    return place if place.exists("adapter_config.json" if kind == ADAPTER else "config.json") else None
+    return place if place.exists(kind.mark) else None
 
 
-def missing_exports(config: Config, step: int) -> list[str]:
+def wanted_kinds(config: Config) -> list[ExportKind]:
+    """What the configuration asks for."""
+    if config.training.method != Method.LORA:
+        return [ExportKind.MODEL]
+    return [ExportKind.ADAPTER, *([ExportKind.MERGED] if config.export.merge_lora else [])]
+
+
+def missing_exports(config: Config, step: int) -> list[ExportKind]:
     """Kinds that the configuration asks for and that are not there yet."""
-    merged = [MERGED] if config.export.merge_lora else []
-    kinds = [ADAPTER, *merged] if config.training.method == Method.LORA else [MODEL]
-    return [kind for kind in kinds if find_export(config, step, kind) is None]
+    return [kind for kind in wanted_kinds(config) if find_export(config, step, kind) is None]
 
 
 def export_run(
     config: Config, base: Path, *, step: int | None = None, say: Callable[[str], None] = say
 ) -> dict[str, Storage]:
-    """Export a checkpoint, the newest by default.
+    """Export a checkpoint, the newest by default. What an export that was killed has finished is kept.
 
     Returns:
         ``{"model": …}`` for a full-parameter run, ``{"adapter": …}`` and perhaps ``{"merged": …}`` for LoRA.
+
+    Raises BadInput where there is no such checkpoint, or it is an adapter for another base.
     """
     run = open_run(config)
     ref = newest_checkpoint(run, step)
+    if config.training.method == Method.LORA:
+        check_adapter_base(config, base, ref)
     template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None
     source = ExportSource(run.checkpoints, ref, base, config.model, template)
     dtype = _DTYPES[config.export.dtype or config.model.precision.value]
-    folder = export_folder(run, ref.step)
-    done = {}
-    if config.training.method == Method.LORA:
-        done[ADAPTER] = folder.child(ADAPTER)
-        export_adapter(source, config.training.lora, done[ADAPTER])
-        if config.export.merge_lora:
-            done[MERGED] = folder.child(MERGED)
-            export_merged(source, config.training.lora, done[MERGED], dtype)
-    else:
-        done[MODEL] = folder.child(MODEL)
-        export_full(source, done[MODEL], dtype)
-    for kind, place in done.items():
-        say(f"exported step {ref.step} ({kind}): {place.uri}")
+    lora = config.training.lora
+    done: dict[str, Storage] = {}
+    for kind in wanted_kinds(config):
+        place = done[kind] = export_folder(run, ref.step).child(kind)
+        match kind:
+            case ExportKind.MODEL:
+                export_full(source, place, dtype, report=say)
+            case ExportKind.ADAPTER:
+                export_adapter(source, lora, place, report=say)
+            case ExportKind.MERGED:
+                export_merged(source, lora, place, dtype, report=say)
+    for name, place in done.items():
+        say(f"exported step {ref.step} ({name}): {place.uri}")
     return done
 
 

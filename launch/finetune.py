@@ -11,17 +11,20 @@ if __package__ in (None, ""):  # as a script: `python launch/finetune.py`
 
 from cluster.attempts import run_attempts
 from cluster.failures import Action
-from cluster.launcher import WorkerLauncher, make_launcher
+from cluster.launcher import WorkerLauncher, launching
+from cluster.lease import Lease, holding
 from cluster.run_metrics import RunState
 from data_shards.errors import BadInput
 from launch.cli import config_from, config_parser, run_verb, say
-from launch.config import to_yaml
+from launch.config import Config, to_yaml
 from launch.exit_codes import ExitCode
 from launch.job import Job, export_if_asked, make_job, settle, write_result
+from launch.places import open_run_to_write
 from launch.plan import report_of
 from launch.plan_inputs import find_target, plan_of_prepared
 from launch.plan_text import lines_of, problem
 from launch.torchrun import finetune_as_worker, under_torchrun
+from trainer.errors import RunHeld
 
 _EXIT_CODES = {
     Action.FINISH: ExitCode.DONE,
@@ -57,34 +60,52 @@ def show_plan(job: Job) -> None:
 def main(arguments: Sequence[str]) -> int:
     parser = config_parser("finetune")
     parser.add_argument("--dry-run", action="store_true", help="stop before training and print what would run")
+    parser.add_argument(
+        "--take-over", action="store_true", help="take the run from a launcher that holds it and can't be stopped"
+    )
     options = parser.parse_args(arguments)
     config = config_from(options)
     if under_torchrun():
         if options.dry_run:
             raise BadInput("--dry-run prints what would run once; give it without torchrun")
-        return finetune_as_worker(config)
+        return finetune_as_worker(config, take_over=options.take_over)
     print(to_yaml(config), flush=True)
     say(f"run {config.run.name} in {config.run.storage}/{config.run.name}")
-    launcher = make_launcher(config.cluster)
-    try:
+    if options.dry_run:
+        return dry_run(config)
+    # First of all: of two that prepare the same data one would do it for nothing, and a refusal should come at once.
+    with holding(open_run_to_write(config), say, take_over=options.take_over) as lease:
+        return carry_on(config, lease)
+
+
+def dry_run(config: Config) -> int:
+    with launching(config.cluster) as launcher:
         launcher.check_capacity()
         job = make_job(config, say)
         describe(job)
-        if options.dry_run:
-            settle(job, say, record=False)
-            show_plan(job)
-            say("dry run: nothing was started")
-            return ExitCode.DONE
-        action = train(job, launcher)
-    finally:
-        launcher.close()
+        settle(job, say, record=False)
+        show_plan(job)
+    say("dry run: nothing was started")
+    return ExitCode.DONE
+
+
+def carry_on(config: Config, lease: Lease) -> int:
+    """From wherever the run stands to its end, or to what ends this submission."""
+    with launching(config.cluster) as launcher:
+        launcher.check_capacity()
+        job = make_job(config, say)
+        describe(job)
+        action = train(job, launcher, lease)
     if action == Action.FINISH:
         export_if_asked(job)
     return _EXIT_CODES[action]
 
 
-def train(job: Job, launcher: WorkerLauncher) -> Action:
-    """Carry the run on until the policy ends it, or say that there is nothing to do."""
+def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
+    """Carry the run on until the policy ends it, or say that there is nothing to do.
+
+    Raises RunHeld where another launcher takes it over.
+    """
     standing = settle(job, say)
     if standing.finished:
         reason = "all steps are done"
@@ -98,6 +119,7 @@ def train(job: Job, launcher: WorkerLauncher) -> Action:
             job.run,
             launcher,
             job.spec,
+            lease=lease,
             max_failures_without_progress=job.config.cluster.max_failures_without_progress,
             monitor=monitor,
             allowed_changes=standing.allowed_changes,
@@ -108,6 +130,9 @@ def train(job: Job, launcher: WorkerLauncher) -> Action:
         say(f"{decision.action.value}: {decision.reason}")
         ended = _END_STATES.get(decision.action, RunState.FAILED)
         return decision.action
+    except RunHeld:
+        ended = RunState.STOPPED
+        raise
     finally:
         monitor.close(ended)
 

@@ -14,9 +14,9 @@ if __package__ in (None, ""):  # as a script: `python launch/generate.py`
 
 import torch
 
-from data_shards.chat_template import fix_date
 from data_shards.corpus import records_of
-from data_shards.encode import load_tokenizer, stop_tokens
+from data_shards.encoding.chat_template import fix_date
+from data_shards.encoding.encoder import load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
 from data_shards.prepare import TRAIN, VALIDATION
 from launch.cli import config_from, config_parser, run_verb, say

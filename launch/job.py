@@ -9,23 +9,26 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from data_shards.encode import Encoder, load_tokenizer, stop_tokens
+from data_shards.encoding.encoder import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
-from data_shards.mixture import MIXTURE_VERSION
+from data_shards.order.mixture import MIXTURE_VERSION
+from data_shards.order.sampler import Sampler
 from data_shards.prepare import TRAIN, Prepared, prepare
-from data_shards.sampler import Sampler
 from data_shards.storage import Storage
-from launch.compatibility import differences, refused
+from launch.compatibility import allowed, differences, refused
 from launch.config import Config
 from launch.export import export_run, missing_exports
-from launch.places import at_commit, newest_checkpoint, open_run
-from trainer.checkpoint import CheckpointRef
+from launch.places import at_commit, base_notes, newest_checkpoint, open_run_to_write
+from trainer.base_identity import BaseIdentity, base_identity, refuse_other_base
+from trainer.checkpoint import CheckpointRef, read_manifest
 from trainer.checkpoint_manifest import Progress
-from trainer.config import WorkerSpec
-from trainer.model import base_identity, locate_base, max_positions, model_config
+from trainer.config import Method, WorkerSpec
+from trainer.model import locate_base, max_positions, model_config
 from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
+from trainer.survey import newest_usable, usable_checkpoints
 from trainer.worker import total_rows, versions
 
+_BASE_KEY = "model.base"
 _BATCH_KEY = "training.global_batch"
 _AT_STEP = re.compile(r"(.+)@(\d+)")
 
@@ -35,10 +38,15 @@ class Job:
     config: Config
     run: RunDirectory
     base: Path
-    base_identity: str
+    base_identity: BaseIdentity
     dataset: Prepared
     init_from: str | None
     """URI of the checkpoint to begin with, looked up when the run began: its source may have gone on since"""
+
+    @property
+    def other_base(self) -> bool:
+        """Whether a checkpoint that was trained from another base may be gone on from, on purpose."""
+        return allowed(_BASE_KEY, self.config.resume.allow)
 
     @property
     def sampler(self) -> Sampler:
@@ -55,7 +63,8 @@ class Job:
             "name": self.config.run.name,
             "created": utc_now(),
             "config": self.config.model_dump(mode="json"),
-            "base": self.base_identity,
+            "base": self.base_identity.name,
+            "base_files": self.base_identity.files,
             "init_from": self.init_from,
             "data": {
                 "fingerprint": self.dataset.manifest.fingerprint,
@@ -74,7 +83,8 @@ class Job:
             attempt=attempt,
             resume_from=resume_from.name if resume_from else None,
             trainer=trainer,
-            base_identity=self.base_identity,
+            base_identity=self.base_identity.name,
+            other_base=self.other_base,
             dataset_uri=self.dataset.location.uri,
             fingerprint=self.dataset.manifest.fingerprint,
             order=self.config.data.order,
@@ -90,9 +100,9 @@ def find_init(init_from: str) -> str:
     named = _AT_STEP.fullmatch(init_from)
     folder, step = named.groups() if named else (init_from, None)
     run = RunDirectory.at(folder)
-    found = [ref for ref in run.usable_checkpoints() if step is None or ref.step == int(step)]
+    found = [ref for ref in usable_checkpoints(run) if step is None or ref.step == int(step)]
     if not found:
-        there = ", ".join(str(ref.step) for ref in run.usable_checkpoints()) or "none"
+        there = ", ".join(str(ref.step) for ref in usable_checkpoints(run)) or "none"
         raise BadInput(f"init_from={init_from!r}: no such checkpoint; committed steps there: {there}")
     return run.checkpoints.uri_of(found[-1].name)
 
@@ -133,12 +143,11 @@ def datasets_root(config: Config) -> Storage:
 
 def make_job(config: Config, say: Say) -> Job:
     """Check the storage, find the base, prepare the data. Raises BadInput for whatever is wrong with them."""
-    run = open_run(config)
-    Storage.at(config.run.storage).check_writable()
+    run = open_run_to_write(config)
     init_from = _init_from(config, run)
     base = locate_base(config.model)
     dataset = prepare_data(config, base, say)
-    return Job(config, run, base, base_identity(config.model, base), dataset, init_from)
+    return Job(config, run, base, base_identity(config.model, base, base_notes(config)), dataset, init_from)
 
 
 def _init_from(config: Config, run: RunDirectory) -> str | None:
@@ -171,6 +180,7 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     recorded = read_json(job.run.storage, "run.json")
     now = job.record()
     if recorded is None:
+        _check_base(job, None)
         if record:
             write_json(job.run.storage, "run.json", now)
         return Standing(None, finished=False, allowed_changes=())
@@ -185,8 +195,10 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
         )
     for difference in found:
         say(f"changed on purpose (resume.allow): {difference}")
-    newest = job.run.newest(say)
+    newest = newest_usable(job.run, say)
     finished = newest is not None and newest.manifest.progress.rows_consumed >= job.sampler.total_rows
+    if not finished:
+        _check_base(job, newest)
     if newest is not None and not finished:
         _check_continuation(job, newest, recorded, say)
     if found and record:
@@ -221,6 +233,18 @@ def export_if_asked(job: Job) -> None:
     """The export that ``export.at_end`` asks for, unless it is there already."""
     if job.config.export.at_end and missing_exports(job.config, newest_checkpoint(job.run).step):
         export_run(job.config, job.base)
+
+
+def _check_base(job: Job, newest: CheckpointRef | None) -> None:
+    """Raises BadInput where the checkpoint to begin with was trained from another base, as workers would."""
+    ref = newest
+    if ref is None and job.init_from is not None and job.config.training.method == Method.LORA:
+        try:
+            ref = read_manifest(*Storage.holding(job.init_from))
+        except FileNotFoundError as error:
+            raise BadInput(f"init_from: the checkpoint {job.init_from} is not there any more") from error
+    if ref is not None and not job.other_base:
+        refuse_other_base(job.base_identity.name, ref.name, ref.manifest.base)
 
 
 def _check_continuation(job: Job, newest: CheckpointRef, recorded: dict[str, Any], say: Say) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from launch.config import Config
+from trainer.base_identity import NOTES, base_identity
 from trainer.checkpoint import CheckpointRef
 from trainer.config import ModelConfig
 from trainer.run_directory import RunDirectory
+from trainer.survey import usable_checkpoints
 
 
 def at_commit(model: ModelConfig, base: Path) -> ModelConfig:
@@ -17,13 +19,33 @@ def at_commit(model: ModelConfig, base: Path) -> ModelConfig:
     return model if Path(model.base).is_dir() else model.model_copy(update={"revision": base.name})
 
 
+def base_notes(config: Config) -> Storage:
+    """Where identities of bases are noted, for all runs of a storage."""
+    return Storage.at(config.run.storage).child(NOTES)
+
+
+def check_adapter_base(config: Config, base: Path, ref: CheckpointRef) -> None:
+    """Raises BadInput where a LoRA run's checkpoint was trained on another base than ``base``, that of ``config``."""
+    if (now := base_identity(config.model, base, base_notes(config)).name) != ref.manifest.base:
+        raise BadInput(
+            f"checkpoint {ref.name} is an adapter for the base {ref.manifest.base}, and model.base="
+            f"{config.model.base!r} is {now}; give the base that it was trained on"
+        )
+
+
 def open_run(config: Config) -> RunDirectory:
     return RunDirectory(Storage.at(config.run.storage).child(config.run.name))
 
 
+def open_run_to_write(config: Config) -> RunDirectory:
+    """Raises BadInput where the storage can't be written."""
+    Storage.at(config.run.storage).check_writable()
+    return open_run(config)
+
+
 def newest_checkpoint(run: RunDirectory, step: int | None = None) -> CheckpointRef:
     """The newest usable checkpoint, or the one of ``step``. Raises BadInput where there is none."""
-    usable = run.usable_checkpoints()
+    usable = usable_checkpoints(run)
     chosen = [ref for ref in usable if step is None or ref.step == step]
     if not chosen:
         there = ", ".join(str(ref.step) for ref in usable) or "none"

@@ -17,9 +17,9 @@ import torch
 from data_shards.corpus import fingerprint_of, fingerprint_parts, num_records, records_of
 from data_shards.errors import BadInput, CorruptFile, DataError
 from data_shards.manifest import DatasetManifest
-from data_shards.packing import best_fit
 from data_shards.prepare import TRAIN
-from data_shards.shard_reader import read_dataset_manifest
+from data_shards.reading.shard_reader import read_dataset_manifest
+from data_shards.writing.packing import best_fit
 from launch.architectures import PUBLISHED
 from launch.config import Config
 from launch.job import datasets_root, make_encoder

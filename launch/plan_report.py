@@ -9,8 +9,9 @@ from launch.config import Config
 from launch.plan_inputs import DataPlan, Target, evaluates
 from launch.plan_remedies import Remedy, remedies
 from trainer.batch_geometry import rank_micro_batches
-from trainer.disk_plan import checkpoint_bytes, export_bytes, resume_host_bytes, retained_checkpoints
-from trainer.memory_plan import STATE_KEYS, MemoryPlan, Workload, memory_plan
+from trainer.config import STATE_KEYS
+from trainer.disk_plan import checkpoint_bytes, export_bytes, retained_checkpoints, staging_bytes
+from trainer.memory_plan import MemoryPlan, Workload, memory_plan
 from trainer.model_shape import ModelShape, count
 from trainer.worker import total_rows
 
@@ -58,7 +59,8 @@ class Report:
     target: Target
     memory: MemoryPlan
     remedies: tuple[Remedy, ...]
-    host_bytes_per_worker: int
+    staging_bytes_per_worker: int
+    """host memory for the copies that saves write"""
     disk: DiskPlan
 
     @property
@@ -106,10 +108,10 @@ def make_report(
         target=target,
         memory=memory,
         remedies=tuple(remedies(workload, lora_shape, target)) if short else (),
-        host_bytes_per_worker=resume_host_bytes(shape.trained, workload.world_size, keys),
+        staging_bytes_per_worker=staging_bytes(shape.trained, workload.world_size, keys),
         disk=DiskPlan(
             checkpoint_bytes=checkpoint_bytes(shape.trained, workload.world_size, keys),
-            kept=retained_checkpoints(config.checkpoint.keep_last),
+            kept=retained_checkpoints(config.checkpoint, num_steps(config, data)),
             exports=_exports(config, shape),
             dataset_bytes=data.bytes,
             free_bytes=free_bytes,
@@ -182,7 +184,7 @@ def as_json(report: Report) -> dict[str, Any]:
             "allocator_allowance": memory.slack,
         },
         "host": {
-            "resume_bytes_per_worker": report.host_bytes_per_worker,
+            "staging_bytes_per_worker": report.staging_bytes_per_worker,
             "workers_per_node": target.workers_per_node,
         },
         "disk": asdict(report.disk) | {"needed_bytes": report.disk.needed_bytes, "fits": report.disk.fits},

@@ -64,10 +64,10 @@ def _geometry_lines(geometry: Geometry) -> Iterator[str]:
 
 def _host_and_disk_lines(report: Report) -> Iterator[str]:
     disk, per_node = report.disk, report.target.workers_per_node
-    node = report.host_bytes_per_worker * per_node
+    each = report.staging_bytes_per_worker
     yield (
-        f"host     {_gib(node)} on a node of {_workers(per_node)} while a checkpoint is loaded "
-        f"({_gib(report.host_bytes_per_worker)} each)"
+        f"host     {_gib(each * per_node)} on a node of {_workers(per_node)} ({_gib(each)} each) for the copy that "
+        "saves write"
     )
     yield f"disk     {_gib(disk.checkpoint_bytes)} a checkpoint, {disk.kept} at once while a new one is written"
     for name, size in disk.exports.items():

@@ -15,6 +15,7 @@ from data_shards.storage import Storage
 from launch.cli import VERBS, run_verb
 from launch.exit_codes import ExitCode
 from trainer.run_directory import RunDirectory, read_json
+from trainer.survey import survey
 
 
 def location(path: str) -> Storage:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> int:
         if record is None:
             continue
         result = read_json(run.storage, "result.json") or {}
-        usable = run.usable_checkpoints(report=lambda line: None)
+        usable = survey(run).usable
         step = usable[-1].step if usable else 0
         print(f"{name:30}  step {step:>8}  {result.get('status', 'unfinished'):15}  started {record['created']}")
     return ExitCode.DONE

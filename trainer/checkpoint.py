@@ -6,19 +6,33 @@ learns sizes and hashes, without a collective), ``manifest.json``. No attempt wr
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 
 from data_shards.errors import BatonError, CorruptFile
-from data_shards.storage import FileEntry, Storage, VerifiedReader
+from data_shards.storage import Storage
+from data_shards.verified_reader import Piece, VerifiedReader, by_span
 from trainer.checkpoint_manifest import MANIFEST, CheckpointManifest, ParameterEntry
 from trainer.engine import ZeroEngine
 from trainer.errors import CheckpointCorrupt
+from trainer.rank_file import RANK_BLOCK_BYTES, RankFile
 from trainer.slices import overlaps
+from trainer.staging import Staging
 from trainer.tensor_files import TensorFile, TensorSpec, write_tensors
+
+Slices = Mapping[str, torch.Tensor]
+"""``name/part`` to the 1-D fp32 elements that a rank holds."""
+_NAME = re.compile(r"(\d{8,})-(.+)")
+_RECEIPTS = "receipts"
+_READERS = 8
+"""Threads of a rank: a network file system or an object store answers many requests at once."""
 
 
 @dataclass(frozen=True)
@@ -37,60 +51,93 @@ def directory_name(step: int, attempt: str) -> str:
     return f"{step:08d}-{attempt}"
 
 
+def parse_name(name: str) -> tuple[int, str]:
+    """Step and attempt of a directory's name; -1 and the name itself where it is none of ours."""
+    found = _NAME.fullmatch(name)
+    return (int(found[1]), found[2]) if found else (-1, name)
+
+
 def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def save(engine: ZeroEngine, checkpoints: Storage, draft: CheckpointManifest) -> CheckpointRef:
-    """Write this rank's slices; rank 0 then commits. Collective; returns on every rank after the commit.
+def hash_file(rank: int) -> str:
+    return f"rank-{rank:05d}.hashes"
 
-    Args:
-        draft: the manifest but for ``world_size``, ``parameters``, ``optimizer`` and ``files``.
 
-    Raises:
-        BatonError: rank 0 can't see another rank's receipt, so the storage is not shared.
-    """
-    name = directory_name(draft.progress.step, draft.attempt)
-    target = checkpoints.child(name)
-    if target.exists(MANIFEST):
-        raise BatonError(f"{target.uri} is committed already; an attempt must not write there twice")
-    slices = dict(engine.local_slices())
-    specs = {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in slices.items()}
-    entry = write_tensors(target, rank_file(engine.rank), specs, slices.__getitem__)
-    target.write(_receipt(engine.rank), [json.dumps(entry.to_json()).encode()])
-    manifest = replace(
+def completed(draft: CheckpointManifest, engine: ZeroEngine) -> CheckpointManifest:
+    """The manifest but for its files. ``draft`` lacks ``world_size``, ``parameters`` and most of ``optimizer``."""
+    return replace(
         draft,
         world_size=engine.world_size,
         parameters=tuple(ParameterEntry(p.name, p.shape) for p in engine.trained),
         optimizer={**draft.optimizer, "step": engine.optimizer_step(), "state_keys": engine.state_keys()},
         files=(),
     )
-    torch.distributed.barrier()
-    if engine.rank == 0:
-        receipts = [_read_receipt(target, rank) for rank in range(engine.world_size)]
-        target.write(MANIFEST, [replace(manifest, files=tuple(receipts)).to_bytes()])
-    torch.distributed.barrier()
-    return CheckpointRef(name, CheckpointManifest.from_bytes(target.read(MANIFEST), target.uri))
+
+
+def target_of(checkpoints: Storage, manifest: CheckpointManifest) -> Storage:
+    """Where a checkpoint is written. Raises BatonError where one was committed already."""
+    target = checkpoints.child(directory_name(manifest.progress.step, manifest.attempt))
+    if target.exists(MANIFEST):
+        raise BatonError(f"{target.uri} is committed already; an attempt must not write there twice")
+    return target
+
+
+def write_rank(target: Storage, rank: int, slices: Slices) -> None:
+    """Write a rank's slices and their hashes, then its receipt."""
+    specs = {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in slices.items()}
+    entry = write_tensors(target, rank_file(rank), specs, slices.__getitem__, block_bytes=RANK_BLOCK_BYTES)
+    hashes = target.write(hash_file(rank), [entry.digests])
+    listed = RankFile(entry.path, entry.size, entry.block_bytes, hashes)
+    target.write(f"{_RECEIPTS}/{_receipt(rank)}", [json.dumps(listed.to_json()).encode()])
+
+
+def missing_receipts(target: Storage, world_size: int) -> list[int]:
+    """Ranks that have not written theirs, as far as can be seen from here."""
+    there = set(target.list(_RECEIPTS))
+    return [rank for rank in range(world_size) if _receipt(rank) not in there]
+
+
+def commit(target: Storage, manifest: CheckpointManifest) -> CheckpointRef:
+    """Write the manifest, with the files that the receipts tell of: from now on the checkpoint exists.
+
+    Raises FileNotFoundError where a receipt is missing.
+    """
+    paths = [f"{_RECEIPTS}/{_receipt(rank)}" for rank in range(manifest.world_size)]
+    files = tuple(RankFile.from_json(json.loads(target.read(path)), target.uri_of(path)) for path in paths)
+    whole = replace(manifest, files=files)
+    target.write(MANIFEST, [whole.to_bytes()])
+    return CheckpointRef(directory_name(whole.progress.step, whole.attempt), whole)
+
+
+def discard(target: Storage) -> None:
+    """Remove what a save that failed has left. No rank may be writing there any more.
+
+    Raises BatonError where it was committed after all.
+    """
+    if target.exists(MANIFEST):
+        raise BatonError(f"{target.uri} is committed; only retention removes it")
+    if target.list():
+        target.delete_tree("")
 
 
 def _receipt(rank: int) -> str:
-    return f"receipts/rank-{rank:05d}.json"
+    return f"rank-{rank:05d}.json"
 
 
-def _read_receipt(target: Storage, rank: int) -> FileEntry:
-    try:
-        return FileEntry.from_json(json.loads(target.read(_receipt(rank))), target.uri_of(_receipt(rank)))
-    except FileNotFoundError as error:
-        raise BatonError(
-            f"{target.uri}: rank 0 does not see what rank {rank} wrote. All nodes must share the storage: set "
-            "run.storage to a shared file system or to s3://… or gs://…"
-        ) from error
-
-
-def load(engine: ZeroEngine, checkpoints: Storage, ref: CheckpointRef, *, weights_only: bool = False) -> None:
+def load(
+    engine: ZeroEngine,
+    checkpoints: Storage,
+    ref: CheckpointRef,
+    staging: Staging | None = None,
+    *,
+    weights_only: bool = False,
+) -> None:
     """Put a committed checkpoint into a fresh engine of any world size. Each rank reads only the ranges it needs.
 
     Args:
+        staging: host memory that is there anyway, for a state that lies on a GPU.
         weights_only: leave the optimizer fresh, for a new run that begins with another's weights.
 
     Raises:
@@ -104,56 +151,90 @@ def load(engine: ZeroEngine, checkpoints: Storage, ref: CheckpointRef, *, weight
         different = sorted(wanted.items() ^ stored.items())[:4]
         raise BatonError(f"checkpoint {ref.name} holds other parameters than this model trains: {different}")
     keys = [] if weights_only else list(manifest.optimizer["state_keys"])
+    targets = dict(engine.slices_to_load(int(manifest.optimizer["step"]), keys))
     with SliceReader(checkpoints.child(ref.name), ref) as reader:
-        slices = {
-            f"{entry.name}/{part}": reader.read(entry.name, part, entry.numel, *engine.bounds(entry))
-            for entry in engine.trained
-            for part in ("fp32", *keys)
-        }
-    engine.load_local_slices(slices, int(manifest.optimizer["step"]), keys)
+
+        def read(slices: Slices) -> None:
+            reader.fill(
+                Wanted(entry.name, part, entry.numel, engine.bounds(entry)[0], slices[f"{entry.name}/{part}"])
+                for entry in engine.trained
+                for part in ("fp32", *keys)
+            )
+
+        (staging or Staging(engine.device)).fill(targets, read)
+    engine.slices_loaded()
+
+
+class Wanted(NamedTuple):
+    """Elements of a flattened parameter, from ``start`` on, and where they are to go."""
+
+    name: str
+    part: str
+    numel: int
+    """of the whole parameter"""
+    start: int
+    into: torch.Tensor
+    """1-D fp32, on the CPU"""
 
 
 class SliceReader:
-    """Reads elements of whole parameters out of the rank files of one checkpoint."""
+    """Reads elements of whole parameters out of the rank files of one checkpoint, many blocks at a time."""
 
     def __init__(self, directory: Storage, ref: CheckpointRef) -> None:
         self._directory = directory
         self._ref = ref
         self._files: dict[int, TensorFile] = {}
+        self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="checkpoint-reader")
 
     def __enter__(self) -> SliceReader:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
         for file in self._files.values():
             file.close()
 
     def read(self, name: str, part: str, numel: int, start: int, stop: int) -> torch.Tensor:
         """Elements ``[start, stop)`` of the flattened parameter: fp32 ``[stop - start]``."""
         result = torch.empty(stop - start, dtype=torch.float32)
+        self.fill([Wanted(name, part, numel, start, result)])
+        return result
+
+    def fill(self, wanted: Iterable[Wanted]) -> None:
+        """Read all of it, each block of a file once. Raises CheckpointCorrupt."""
+        pieces: dict[int, list[Piece]] = {}
         try:
-            for piece in overlaps(numel, self._ref.manifest.world_size, start, stop):
-                values = self._file(piece.source_rank).read(f"{name}/{part}", piece.start, piece.stop)
-                result[piece.offset : piece.offset + piece.stop - piece.start] = values
+            for name, part, numel, start, into in wanted:
+                for found in overlaps(numel, self._ref.manifest.world_size, start, start + into.numel()):
+                    target = into[found.offset : found.offset + found.stop - found.start]
+                    piece = self._file(found.source_rank).piece(f"{name}/{part}", found.start, target)
+                    pieces.setdefault(found.source_rank, []).append(piece)
+            jobs = [(self._file(rank).bytes, span) for rank, some in pieces.items() for span in by_span(some)]
+            for _ in self._pool.map(lambda job: job[0].read_span(job[1]), jobs):
+                pass
         except CorruptFile as error:
             raise CheckpointCorrupt(self._ref.name, str(error)) from error
-        return result
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            raise CheckpointCorrupt(self._ref.name, f"its disk fails: {error}") from error
 
     def _file(self, rank: int) -> TensorFile:
         if rank not in self._files:
-            self._files[rank] = TensorFile(self._directory, self._ref.manifest.files[rank])
+            listed = self._ref.manifest.files[rank]
+            self._files[rank] = TensorFile(self._directory, listed.hashed(self._directory))
         return self._files[rank]
 
 
 def read_manifest(checkpoints: Storage, name: str) -> CheckpointRef:
     """Raises FileNotFoundError where nothing was committed, CorruptFile where manifest or a file's size is wrong."""
     directory = checkpoints.child(name)
+    sizes = directory.sizes()  # one request for a thousand ranks
+    if MANIFEST not in sizes:
+        raise FileNotFoundError(directory.uri_of(MANIFEST))
     manifest = CheckpointManifest.from_bytes(directory.read(MANIFEST), directory.uri_of(MANIFEST))
     for entry in manifest.files:
-        size = directory.size(entry.path)
-        if size != entry.size:
-            problem = "is missing" if size is None else f"has {size} bytes"
-            raise CorruptFile(f"{directory.uri_of(entry.path)} {problem}; its manifest says {entry.size} bytes")
+        entry.check_sizes(sizes, directory)
     return CheckpointRef(name, manifest)
 
 
@@ -161,7 +242,7 @@ def verify(checkpoints: Storage, name: str) -> CheckpointRef:
     """Read every byte of a checkpoint. Raises CorruptFile or FileNotFoundError with the file and what is wrong."""
     ref = read_manifest(checkpoints, name)
     for entry in ref.manifest.files:
-        reader = VerifiedReader(checkpoints.child(name), entry)
+        reader = VerifiedReader(checkpoints.child(name), entry.hashed(checkpoints.child(name)))
         reader.verify_all()
         reader.close()
     return ref

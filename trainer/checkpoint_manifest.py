@@ -8,10 +8,11 @@ from typing import Any
 
 from data_shards import signed_json
 from data_shards.errors import CorruptFile
-from data_shards.storage import FileEntry
+from trainer.rank_file import RankFile
 
 KIND = "baton-checkpoint"
-VERSION = 1
+VERSION = 3
+"""1 had no ``progress.eval_step``; 1 and 2 had the block hashes of rank files in the manifest."""
 MANIFEST = "manifest.json"
 
 
@@ -28,6 +29,13 @@ class Progress:
     last_loss: float | None = None
     eval_loss: float | None = None
     first_eval_loss: float | None = None
+    eval_step: int | None = None
+    """step of ``eval_loss``"""
+
+    @property
+    def evaluated_here(self) -> bool:
+        """Whether ``eval_loss`` is that of these very weights."""
+        return self.eval_loss is not None and self.eval_step == self.step
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,7 @@ class CheckpointManifest:
     config: dict[str, Any]
     """the run's resolved configuration"""
     versions: dict[str, str]
-    files: tuple[FileEntry, ...]
+    files: tuple[RankFile, ...]
     """by rank"""
 
     def to_bytes(self) -> bytes:
@@ -78,7 +86,7 @@ class CheckpointManifest:
                 | {
                     "parameters": tuple(ParameterEntry(p["name"], tuple(p["shape"])) for p in body["parameters"]),
                     "progress": Progress(**body["progress"]),
-                    "files": tuple(FileEntry.from_json(value, where) for value in body["files"]),
+                    "files": tuple(RankFile.from_json(value, where) for value in body["files"]),
                 }
             )
         except (KeyError, TypeError, ValueError) as error:

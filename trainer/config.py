@@ -5,10 +5,10 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from data_shards.config import ConfigModel
-from data_shards.permutation import Order
+from data_shards.order.permutation import Order
 
 
 class Method(StrEnum):
@@ -60,6 +60,10 @@ class OptimizerName(StrEnum):
     SGD = "sgd"
 
 
+STATE_KEYS = {OptimizerName.ADAMW: ("exp_avg", "exp_avg_sq"), OptimizerName.SGD: ()}
+"""Per-element fp32 states of each optimizer (``trainer.engine.build_optimizer``)"""
+
+
 class Schedule(StrEnum):
     COSINE = "cosine"
     LINEAR = "linear"
@@ -72,6 +76,11 @@ class OptimizerConfig(ConfigModel):
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0, description="On matrices only; norms and biases never decay.")
+    lr_ratios: dict[str, PositiveFloat] = Field(
+        {},
+        description="Multiples of lr for parameters whose names hold a text, the longest one. {lora_B: 16} is "
+        "LoRA+ (arXiv 2402.12354).",
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="Clip the global gradient norm to this; 0 turns it off.")
     schedule: Schedule = Schedule.COSINE
     warmup_steps: int = Field(0, ge=0)
@@ -103,7 +112,12 @@ class EvaluationConfig(ConfigModel):
 
 class CheckpointConfig(ConfigModel):
     every_steps: int = Field(100, ge=1, description="Steps between commits; always one at the end.")
-    keep_last: int = Field(2, ge=1, description="Committed checkpoints to keep.")
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
+    keep_every: int | None = Field(None, ge=1, description="Also keep those whose step is a multiple of this.")
+    keep_best: int = Field(0, ge=0, description="Also keep so many with the lowest evaluation loss at their own step.")
+    commit_timeout_s: float = Field(
+        600, gt=0, description="Seconds that a commit waits for what all workers write; then the save is given up."
+    )
 
 
 class ZeroConfig(ConfigModel):
@@ -147,6 +161,7 @@ class WorkerSpec(ConfigModel):
     resume_from: str | None = Field(description="Name of the checkpoint to continue from.")
     trainer: TrainerConfig
     base_identity: str
+    other_base: bool = Field(False, description="Whether a checkpoint of another base may be loaded, on purpose.")
     dataset_uri: str
     fingerprint: str
     order: Order = Field(Order.SHUFFLED, description="Of the rows.")

@@ -1,13 +1,17 @@
-"""Bytes that a run writes, and host memory that reading them back takes, from shapes alone (pure)."""
+"""Bytes that a run writes, and host memory that saving and reading them back takes, from shapes alone (pure)."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 
 import torch
 
+from data_shards.hashed_file import DIGEST_BYTES
+from trainer.config import CheckpointConfig
 from trainer.model_shape import FP32, ModelShape, ParameterShape, count
+from trainer.rank_file import RANK_BLOCK_BYTES
 from trainer.slices import slice_bounds
 from trainer.tensor_files import TensorSpec, header_bytes
 
@@ -35,15 +39,24 @@ def _file_bytes(names: Sequence[str], lengths: Sequence[int], state_keys: Sequen
 
 
 def checkpoint_bytes(trained: Sequence[ParameterShape], world_size: int, state_keys: Sequence[str]) -> int:
-    """All rank files together; the manifest adds some kilobytes."""
+    """All rank files and their hashes together; the manifest adds some kilobytes."""
     names = [parameter.name for parameter in trained]
     alike = Counter(_lengths(trained, rank, world_size) for rank in range(world_size))  # most ranks hold as much
-    return sum(number * _file_bytes(names, lengths, state_keys) for lengths, number in alike.items())
+    return sum(number * _with_hashes(_file_bytes(names, lengths, state_keys)) for lengths, number in alike.items())
 
 
-def retained_checkpoints(keep_last: int) -> int:
-    """Checkpoints on disk at the worst moment: a new one is written before an old one goes."""
-    return keep_last + 1
+def _with_hashes(size: int) -> int:
+    return size + -(-size // RANK_BLOCK_BYTES) * DIGEST_BYTES
+
+
+def retained_checkpoints(config: CheckpointConfig, steps: int | None) -> int:
+    """Checkpoints on disk at the worst moment: a new one is written before an old one goes.
+
+    Args:
+        steps: of the whole run; None where it is not known, and then those that ``keep_every`` keeps are not counted.
+    """
+    for_good = (steps or 0) // math.lcm(config.every_steps, config.keep_every) if config.keep_every else 0
+    return config.keep_last + 1 + config.keep_best + for_good
 
 
 def export_bytes(shape: ModelShape, dtype_bytes: int, *, merge_lora: bool) -> dict[str, int]:
@@ -55,8 +68,7 @@ def export_bytes(shape: ModelShape, dtype_bytes: int, *, merge_lora: bool) -> di
     return {"adapter": count(adapter) * FP32, **merged}
 
 
-def resume_host_bytes(trained: Sequence[ParameterShape], world_size: int, state_keys: Sequence[str]) -> int:
-    """Host memory of one worker while it resumes: all its slices at once (``trainer/checkpoint.py``, ``load``), and one
-    of them padded."""
-    slices = sum(-(-p.numel // world_size) for p in trained) * FP32 * (1 + len(state_keys))
-    return slices + max(p.partition(world_size) for p in trained) * FP32
+def staging_bytes(trained: Sequence[ParameterShape], world_size: int, state_keys: Sequence[str]) -> int:
+    """Host memory that a worker keeps for the copies that saves write, and through which a checkpoint comes to a GPU
+    (``trainer/staging.py``): of rank 0, which holds the most."""
+    return sum(_lengths(trained, 0, world_size)) * FP32 * (1 + len(state_keys))

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO-3 behind a small surface. The only module that imports deepspeed at run time, beside ``model``."""
+"""DeepSpeed ZeRO-3 behind a small surface, for training; ``docs/architecture.md`` lists who else imports deepspeed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from data_shards.errors import BadInput
 from trainer.batch import MicroBatch
 from trainer.config import OptimizerConfig, OptimizerName
 from trainer.errors import NonFiniteStep, StepInvariantBroken
@@ -25,23 +26,35 @@ class TrainedParameter(NamedTuple):
 
 
 def build_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Two groups: matrices decay, vectors (norms, biases) do not. ``p.ds_shape`` is the shape that ZeRO-3 hides."""
-    decay: list[torch.nn.Parameter] = []
-    no_decay: list[torch.nn.Parameter] = []
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            rank = len(getattr(parameter, "ds_shape", parameter.shape))
-            (decay if rank >= 2 else no_decay).append(parameter)
-    groups = [
-        {"params": params, "weight_decay": weight_decay}
-        for params, weight_decay in ((decay, config.weight_decay), (no_decay, 0.0))
-        if params
+    """A group for each learning rate, of matrices, which decay, and of vectors (norms, biases), which do not.
+
+    Raises BadInput where ``lr_ratios`` names what no trained parameter's name holds.
+    """
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if idle := [text for text in config.lr_ratios if not any(text in name for name in named)]:
+        raise BadInput(
+            f"optimizer.lr_ratios.{idle[0]}: no trained parameter's name holds it; they are called {list(named)[:3]}, …"
+        )
+    groups: dict[tuple[float, bool], list[torch.nn.Parameter]] = {}
+    for name, parameter in named.items():
+        fitting = [text for text in config.lr_ratios if text in name]
+        ratio = config.lr_ratios[max(fitting, key=len)] if fitting else 1.0  # whatever order they are written in
+        decays = len(getattr(parameter, "ds_shape", parameter.shape)) >= 2  # ``ds_shape``: the one that ZeRO-3 hides
+        groups.setdefault((ratio, decays), []).append(parameter)
+    given = [
+        {
+            "params": groups[ratio, decays],
+            "lr": config.lr * ratio,
+            "lr_ratio": ratio,
+            "weight_decay": config.weight_decay if decays else 0.0,
+        }
+        for ratio, decays in sorted(groups, key=lambda key: (key[0], not key[1]))
     ]
     match config.name:
         case OptimizerName.ADAMW:
-            return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+            return torch.optim.AdamW(given, lr=config.lr, betas=config.betas, eps=config.eps)
         case OptimizerName.SGD:
-            return torch.optim.SGD(groups, lr=config.lr)
+            return torch.optim.SGD(given, lr=config.lr)
 
 
 class ZeroEngine:
@@ -91,7 +104,7 @@ class ZeroEngine:
             NonFiniteStep: gradients were inf or NaN, so DeepSpeed skipped the update.
         """
         for group in self._zero.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_ratio"]
         self._engine.step()
         if not self._engine.was_step_applied():
             raise NonFiniteStep(
@@ -110,11 +123,16 @@ class ZeroEngine:
         """The elements of the flattened parameter that this rank holds."""
         return slice_bounds(parameter.numel, self.rank, self.world_size)
 
+    @property
+    def num_local_elements(self) -> int:
+        """Of all trained parameters, those that this rank holds."""
+        return sum(stop - start for start, stop in map(self.bounds, self.trained))
+
     def state_keys(self) -> list[str]:
         """Names of the optimizer's per-element states (``exp_avg``, …); none before the first step or for plain SGD."""
         for flat in self._zero.fp32_partitioned_groups_flat:
             state = self._zero.optimizer.state.get(flat, {})
-            return sorted(k for k, v in state.items() if torch.is_tensor(v) and v.numel() == flat.numel() > 1)
+            return sorted(k for k, v in state.items() if k != "step" and torch.is_tensor(v) and v.shape == flat.shape)
         return []
 
     def optimizer_step(self) -> int:
@@ -124,48 +142,32 @@ class ZeroEngine:
         return 0
 
     def local_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """``(name/part, 1-D fp32 slice)`` of everything that this rank holds and a resume needs, without padding."""
-        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
-
-        keys = self.state_keys()
-        for entry in self.trained:
+        """``(name/part, 1-D fp32 slice)`` of everything that this rank holds and a resume needs, without padding: views
+        of the engine's own memory."""
+        for entry, part, partition in self._partitions(self.state_keys()):
             start, stop = self.bounds(entry)
-            if start == stop:
-                continue
-            yield f"{entry.name}/fp32", safe_get_local_fp32_param(entry.parameter).detach()[: stop - start]
-            for key in keys:
-                state = safe_get_local_optimizer_state(entry.parameter, key)
-                yield f"{entry.name}/{key}", state.detach()[: stop - start]
+            if start < stop:
+                yield f"{entry.name}/{part}", partition[: stop - start]
 
-    def load_local_slices(self, slices: dict[str, torch.Tensor], optimizer_step: int, state_keys: list[str]) -> None:
-        """Put back what ``local_slices`` gave, perhaps cut anew for another world size.
+    def slices_to_load(self, optimizer_step: int, state_keys: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same of a fresh engine, for the caller to fill; then it calls ``slices_loaded``.
 
         Args:
-            slices: by ``name/part``; 1-D, this rank's elements without padding.
+            state_keys: of the optimizer; none leaves it fresh.
         """
-        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
-
         if state_keys:
             # The state must exist before it can be set: torch creates it at the first step only.
             for flat in self._zero.fp32_partitioned_groups_flat:
                 self._zero.optimizer.state[flat] = {
                     "step": torch.tensor(float(optimizer_step)),
-                    **{key: torch.zeros_like(flat) for key in state_keys},
+                    **{key: torch.empty_like(flat, requires_grad=False) for key in state_keys},
                 }
-        for entry in self.trained:
+        for entry, part, partition in self._partitions(state_keys):
             start, stop = self.bounds(entry)
-            if start == stop:
-                continue
-            padded = torch.zeros(entry.parameter.ds_tensor.numel())  # type: ignore[attr-defined]
-            padded[: stop - start] = slices[f"{entry.name}/fp32"]
-            safe_set_local_fp32_param(entry.parameter, padded)
-            for key in state_keys:
-                padded = torch.zeros_like(padded)
-                padded[: stop - start] = slices[f"{entry.name}/{key}"]
-                safe_set_local_optimizer_state(entry.parameter, padded, key)
-        self._refresh_compute_weights()
+            partition[stop - start :].zero_()  # padding; no checkpoint has it
+            yield f"{entry.name}/{part}", partition[: stop - start]
 
-    def _refresh_compute_weights(self) -> None:
+    def slices_loaded(self) -> None:
         """Copy the fp32 masters to what the forward uses; else the next loss is silently that of the old weights."""
         for index in range(len(self._zero.fp16_groups)):
             self._zero._reassign_or_swap_out_partitioned_parameters(index)
@@ -173,6 +175,15 @@ class ZeroEngine:
         if persistent:
             persistent[0].partition(persistent)
             persistent[0].all_gather(persistent)
+
+    def _partitions(self, state_keys: list[str]) -> Iterator[tuple[TrainedParameter, str, torch.Tensor]]:
+        """This rank's part of each trained parameter and of its states, with padding."""
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        for entry in self.trained:
+            yield entry, "fp32", safe_get_local_fp32_param(entry.parameter).detach()
+            for key in state_keys:
+                yield entry, key, safe_get_local_optimizer_state(entry.parameter, key).detach()
 
     def _every_parameter_gets_a_gradient(self) -> _GradientCheck:
         """On the first micro batch only: ZeRO-3 reuses the last step's gradient where none comes."""

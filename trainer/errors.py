@@ -23,8 +23,22 @@ class CheckpointCorrupt(CorruptFile):
         return type(self), (self.checkpoint, self.problem)
 
 
+class RunHeld(BatonError):
+    """Another launcher holds the run: it did when this one was started, or it took the run over since."""
+
+
 class StepInvariantBroken(BatonError):
     """A step did not do what its plan says: rows or trained tokens are off. Training on would be silently wrong."""
+
+
+class SaveFailed(BatonError):
+    """A save did not become a checkpoint; what was committed before it stands."""
+
+    retryable = True
+
+
+class DiskFull(SaveFailed):
+    """There is no room for a save and nothing may be removed. Somebody must make room; then the run goes on."""
 
 
 class NonFiniteStep(BatonError):

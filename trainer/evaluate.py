@@ -50,7 +50,7 @@ def evaluate(engine: Scorer, source: PackSource, micro_batch_size: int) -> Evalu
     # sum of losses, tokens predicted right, trained tokens
     total = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for start, stop in parts:
-        batch = collate([source.pack(row) for row in range(start, stop)])
+        batch = collate(source.packs(np.arange(start, stop)))
         total[:2] += engine.evaluate_micro_batch(batch)
         total[2] += batch.num_trained
     torch.distributed.all_reduce(total)

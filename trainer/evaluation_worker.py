@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from data_shards.errors import BadInput, BatonError
-from data_shards.shard_reader import SplitReader, read_dataset_manifest
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
 from trainer import checkpoint
 from trainer.checkpoint import SliceReader
@@ -21,6 +21,7 @@ from trainer.evaluate import EvaluationResult, evaluate
 from trainer.export import ADAPTER_FILE, adapter_name
 from trainer.forward_engine import ForwardEngine, ReadSlice
 from trainer.model import build_trained_model, locate_base
+from trainer.progress_log import say_on_first_rank
 from trainer.run_directory import utc_now, write_json
 
 Shapes = dict[str, tuple[int, ...]]
@@ -83,7 +84,13 @@ def build_forward_engine(spec: WorkerSpec, task: EvaluationTask) -> ForwardEngin
     config = spec.trainer
     zero = deepspeed_config(config.model.precision, 0.0, config.zero)
     model = build_trained_model(
-        locate_base(config.model), config.model, config.training.method, config.training.lora, zero, seed=config.seed
+        locate_base(config.model),
+        config.model,
+        config.training.method,
+        config.training.lora,
+        zero,
+        seed=config.seed,
+        say=say_on_first_rank,
     )
     wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
     with stored_weights(spec, task, wanted) as stored:

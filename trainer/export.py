@@ -1,33 +1,39 @@
-"""A checkpoint to files that plain transformers and peft load, one tensor in memory at a time.
+"""A checkpoint to files that plain transformers and peft load, in bounded memory, going on where it was killed.
 
-The target counts as an export once its ``config.json`` (or ``adapter_config.json``) is there: it is written last.
+Tensors are read, converted and written by ranges (``trainer/export_plan.py``); what is finished is kept
+(``trainer/export_writer.py``). The target counts as an export once its ``config.json`` (or ``adapter_config.json``) is
+there: it is written last.
 """
 
 from __future__ import annotations
 
-import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from data_shards.errors import BadInput
-from data_shards.storage import Storage
+from data_shards.storage import Storage, sha256
+from trainer.base_loader import renames_tensors, skeleton
+from trainer.base_tensors import BaseTensors
+from trainer.base_weights import model_files
 from trainer.checkpoint import CheckpointRef, SliceReader
+from trainer.checkpoint_manifest import ParameterEntry
 from trainer.config import LoraConfig, ModelConfig
-from trainer.model import model_config, peft_config, weight_files
-from trainer.tensor_files import TensorSpec, write_tensors
+from trainer.export_plan import MAX_FILE_BYTES, ExportKind, ExportPlan, PlannedFile, index_file, plan_files
+from trainer.export_writer import Contents, check_room, write_export
+from trainer.model import model_config, peft_config
+from trainer.tensor_files import TensorSpec
 
-MAX_FILE_BYTES = 5_000_000_000
 ADAPTER_FILE = "adapter_model.safetensors"
 _COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.jinja",
                "generation_config.json", "*.model", "preprocessor_config.json")  # fmt: skip
 
-Produce = Callable[[str], torch.Tensor]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -44,101 +50,103 @@ class ExportSource:
     def reader(self) -> SliceReader:
         return SliceReader(self.checkpoints.child(self.ref.name), self.ref)
 
+    @property
+    def parameters(self) -> dict[str, ParameterEntry]:
+        return {entry.name: entry for entry in self.ref.manifest.parameters}
 
-def export_full(source: ExportSource, target: Storage, dtype: torch.dtype) -> None:
+
+def export_full(
+    source: ExportSource,
+    target: Storage,
+    dtype: torch.dtype,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    report: Report = lambda line: None,
+) -> None:
     """All weights of a full-parameter run as Hugging Face safetensors.
 
-    Raises BadInput for an architecture whose files name tensors otherwise than its modules do and that is too new to
-    be written by ``save_pretrained`` here.
+    Raises BadInput where a local target has no room.
     """
-    shapes = {entry.name: entry for entry in source.ref.manifest.parameters}
-    skeleton = _skeleton(source)
+    entries = source.parameters
+    model = skeleton(model_config(source.base, source.model))
     with source.reader() as reader:
 
-        def produce(name: str) -> torch.Tensor:
-            entry = shapes[name]
-            return reader.read(name, "fp32", entry.numel, 0, entry.numel).reshape(entry.shape).to(dtype)
+        def produce(name: str, start: int, stop: int) -> torch.Tensor:
+            return reader.read(name, "fp32", entries[name].numel, start, stop).to(dtype)
 
-        if _renames_tensors(skeleton):
-            _save_through_transformers(source, skeleton, target, produce, dtype)
+        if renames_tensors(model):
+            whole = {name: produce(name, 0, entry.numel).reshape(entry.shape) for name, entry in entries.items()}
+            _save_through_transformers(source, model, target, whole, dtype, report)
             return
-        specs = {name: TensorSpec(entry.shape, dtype) for name, entry in shapes.items()}
-        write_model_files(target, specs, produce)
-    _write_companions(source, target)
-    _write_config(source, target, dtype)
+        files = plan_files({name: TensorSpec(entry.shape, dtype) for name, entry in entries.items()}, max_file_bytes)
+        plan = _plan(source, ExportKind.MODEL, dtype, files)
+        write_export(target, plan, produce, _companions(source) | index_file(files) | _config(source, dtype), report)
 
 
-def export_adapter(source: ExportSource, lora: LoraConfig, target: Storage) -> None:
-    """A LoRA run's adapter in peft's format, in fp32."""
-    shapes = {adapter_name(entry.name): entry for entry in source.ref.manifest.parameters}
-    with source.reader() as reader:
-
-        def produce(name: str) -> torch.Tensor:
-            entry = shapes[name]
-            return reader.read(entry.name, "fp32", entry.numel, 0, entry.numel).reshape(entry.shape)
-
-        specs = {name: TensorSpec(entry.shape, torch.float32) for name, entry in shapes.items()}
-        write_tensors(target, ADAPTER_FILE, specs, produce, {"format": "pt"})
-    _write_companions(source, target)
+def export_adapter(
+    source: ExportSource, lora: LoraConfig, target: Storage, *, report: Report = lambda line: None
+) -> None:
+    """A LoRA run's adapter in peft's format, in fp32. Raises BadInput where a local target has no room."""
+    entries = {adapter_name(name): entry for name, entry in source.parameters.items()}
+    specs = {name: TensorSpec(entry.shape, torch.float32) for name, entry in entries.items()}
+    plan = _plan(source, ExportKind.ADAPTER, torch.float32, (PlannedFile(ADAPTER_FILE, specs),))
     config = peft_config(lora)
     config.base_model_name_or_path = source.model.base
-    config.target_modules = {name.split(".lora_")[0].rpartition(".")[2] for name in shapes}
+    config.target_modules = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in entries})
     config.inference_mode = True
-    _write_saved(target, config.save_pretrained)
+    with source.reader() as reader:
+
+        def produce(name: str, start: int, stop: int) -> torch.Tensor:
+            entry = entries[name]
+            return reader.read(entry.name, "fp32", entry.numel, start, stop)
+
+        write_export(target, plan, produce, _companions(source) | _saved(config.save_pretrained), report)
 
 
-def export_merged(source: ExportSource, lora: LoraConfig, target: Storage, dtype: torch.dtype) -> None:
-    """Base + adapter as one model: W + (alpha / rank) B A, summed in fp32 (Hu et al., arXiv 2106.09685)."""
+def export_merged(
+    source: ExportSource,
+    lora: LoraConfig,
+    target: Storage,
+    dtype: torch.dtype,
+    *,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    report: Report = lambda line: None,
+) -> None:
+    """Base + adapter as one model: W + (alpha / rank) B A, summed in fp32 (Hu et al., arXiv 2106.09685).
+
+    Raises BadInput where the base has no weights, or not those that were adapted, or a local target has no room.
+    """
     if source.model.random_init:
         raise BadInput("export.merge_lora needs the base's weights, and model.random_init=true has none")
-    shapes = {entry.name: entry for entry in source.ref.manifest.parameters}
-    with ExitStack() as stack:
-        reader = stack.enter_context(source.reader())
-        where = _base_tensors(source.base, stack)
+    entries = source.parameters
+    base = BaseTensors(source.base)
+    adapted = {name.removeprefix("base_model.model.").split(".lora_")[0] + ".weight" for name in entries}
+    if missing := sorted(adapted - set(base.names())):
+        raise BadInput(f"the base's files hold no tensor {missing[0]!r}, so the adapter can't be merged into them")
+    files = plan_files({name: TensorSpec(base.shape(name), dtype) for name in base.names()}, max_file_bytes)
+    depends = {"lora": {"alpha": lora.alpha, "rank": lora.rank}, "base": _base_mark(source)}
+    plan = _plan(source, ExportKind.MERGED, dtype, files, depends)
+    with source.reader() as reader:
 
-        def part(module: str, which: str) -> torch.Tensor:
-            entry = shapes[f"base_model.model.{module}.lora_{which}.default.weight"]
-            return reader.read(entry.name, "fp32", entry.numel, 0, entry.numel).reshape(entry.shape)
+        def factor(weight: str, which: str, rows: slice = slice(None)) -> torch.Tensor:
+            """Rows of A, fp32 [rank, in], or of B, fp32 [out, rank]."""
+            module = weight.removesuffix(".weight")
+            entry = entries[f"base_model.model.{module}.lora_{which}.default.weight"]
+            num_rows, columns = entry.shape
+            start, stop, _ = rows.indices(num_rows)
+            return reader.read(entry.name, "fp32", entry.numel, start * columns, stop * columns).reshape(-1, columns)
 
-        def produce(name: str) -> torch.Tensor:
-            weight = where[name].get_tensor(name)
-            module = name.removesuffix(".weight")
-            if f"base_model.model.{module}.lora_A.default.weight" in shapes:
-                weight = weight.float() + (lora.alpha / lora.rank) * (part(module, "B") @ part(module, "A"))
+        whole_a = lru_cache(maxsize=1)(lambda name: factor(name, "A"))
+
+        def produce(name: str, start: int, stop: int) -> torch.Tensor:
+            weight = base.read(name, start, stop)
+            if name in adapted:
+                columns = base.shape(name)[-1]
+                update = factor(name, "B", slice(start // columns, stop // columns)) @ whole_a(name)  # [rows, in]
+                weight = update.mul_(lora.alpha / lora.rank).reshape(-1).add_(weight)
             return weight.to(dtype)
 
-        adapted = {name.removeprefix("base_model.model.").split(".lora_")[0] + ".weight" for name in shapes}
-        if missing := sorted(adapted - where.keys()):
-            raise BadInput(f"the base's files hold no tensor {missing[0]!r}, so the adapter can't be merged into them")
-        specs = {name: TensorSpec(tuple(file.get_slice(name).get_shape()), dtype) for name, file in where.items()}
-        write_model_files(target, specs, produce)
-    _write_companions(source, target)
-    _write_config(source, target, dtype)
-
-
-def write_model_files(
-    target: Storage, specs: Mapping[str, TensorSpec], produce: Produce, max_file_bytes: int = MAX_FILE_BYTES
-) -> None:
-    """``model.safetensors``, or numbered files with an index where they would be larger than ``max_file_bytes``."""
-    groups: list[dict[str, TensorSpec]] = [{}]
-    room = max_file_bytes
-    for name, spec in specs.items():
-        if groups[-1] and spec.nbytes > room:
-            groups.append({})
-            room = max_file_bytes
-        groups[-1][name] = spec
-        room -= spec.nbytes
-    if len(groups) == 1:
-        write_tensors(target, "model.safetensors", groups[0], produce, {"format": "pt"})
-        return
-    names = [f"model-{i:05d}-of-{len(groups):05d}.safetensors" for i in range(1, len(groups) + 1)]
-    for file_name, group in zip(names, groups, strict=True):
-        write_tensors(target, file_name, group, produce, {"format": "pt"})
-    index = {
-        "metadata": {"total_size": sum(spec.nbytes for spec in specs.values())},
-        "weight_map": {name: names[i] for i, group in enumerate(groups) for name in group},
-    }
-    target.write("model.safetensors.index.json", [json.dumps(index, indent=1).encode()])
+        write_export(target, plan, produce, _companions(source) | index_file(files) | _config(source, dtype), report)
 
 
 def adapter_name(name: str) -> str:
@@ -146,67 +154,76 @@ def adapter_name(name: str) -> str:
     return name.replace(".default.", ".")
 
 
-def _skeleton(source: ExportSource) -> Any:
-    """The module without memory, to ask transformers about names."""
-    from transformers import AutoModelForCausalLM
+def _plan(
+    source: ExportSource,
+    kind: ExportKind,
+    dtype: torch.dtype,
+    files: tuple[PlannedFile, ...],
+    depends: Mapping[str, Any] | None = None,
+) -> ExportPlan:
+    """``depends``: what else the weights depend on."""
+    request = {
+        "checkpoint": source.ref.name,
+        "checkpoint_sha256": sha256(source.ref.manifest.to_bytes()),
+        "kind": kind.value,
+        "dtype": str(dtype).removeprefix("torch."),
+        "files": [file.to_json() for file in files],
+        **(depends or {}),
+    }
+    return ExportPlan(kind, request, files)
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config(source.base, source.model))
 
-
-def _renames_tensors(skeleton: Any) -> bool:
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    return bool(get_model_conversion_mapping(skeleton, add_legacy=False))
+def _base_mark(source: ExportSource) -> list[list[str | int]]:
+    """Tells a base's files from others without reading them: a wrong alarm costs writing anew, nothing else."""
+    stats = [(path.name, path.stat()) for path in model_files(source.base)]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 
 def _save_through_transformers(
-    source: ExportSource, skeleton: Any, target: Storage, produce: Produce, dtype: torch.dtype
+    source: ExportSource,
+    model: Any,
+    target: Storage,
+    state: dict[str, torch.Tensor],
+    dtype: torch.dtype,
+    report: Report,
 ) -> None:
-    """For architectures whose files differ from their modules: needs memory for the whole model."""
-    skeleton.to(dtype)
-    state = {name: produce(name) for name, _ in skeleton.named_parameters()}
-    skeleton.load_state_dict(state, strict=False, assign=True)
-    skeleton.tie_weights()
-    _write_saved(target, skeleton.save_pretrained)
-    _write_companions(source, target)
+    """For architectures whose files differ from their modules: needs memory, and a temporary folder, for the whole
+    model, and begins anew after a kill."""
+    model.to(dtype)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    with tempfile.TemporaryDirectory() as folder:
+        check_room(Path(folder), sum(tensor.nbytes for tensor in state.values()))
+        model.save_pretrained(folder, max_shard_size=MAX_FILE_BYTES)
+        files: Contents = {path.name: path for path in Path(folder).iterdir()}
+        config = (Path(folder) / ExportKind.MODEL.mark).read_bytes()
+        plan = _plan(source, ExportKind.MODEL, dtype, ())
+
+        def none(name: str, start: int, stop: int) -> torch.Tensor:
+            raise AssertionError("no file of this plan is made of tensors")
+
+        write_export(target, plan, none, {**files, **_companions(source), ExportKind.MODEL.mark: config}, report)
 
 
-def _base_tensors(base: Path, stack: ExitStack) -> dict[str, Any]:
-    """Open safetensors file by tensor name."""
-    from safetensors import safe_open
-
-    where: dict[str, Any] = {}
-    for path in weight_files(base):
-        file = stack.enter_context(safe_open(path, framework="pt"))
-        where |= dict.fromkeys(file.keys(), file)
-    return where
-
-
-def _write_companions(source: ExportSource, target: Storage) -> None:
+def _companions(source: ExportSource) -> dict[str, bytes]:
     """Tokenizer, template and generation settings, byte for byte as the base has them."""
     found = {path.name: path for pattern in _COMPANIONS for path in source.base.glob(pattern) if path.is_file()}
-    for name, path in sorted(found.items()):
-        target.write(name, [path.read_bytes()])
+    contents = {name: path.read_bytes() for name, path in found.items()}
     if source.chat_template is not None:
-        target.write("chat_template.jinja", [source.chat_template.encode()])
+        contents["chat_template.jinja"] = source.chat_template.encode()
+    return contents
 
 
-def _write_config(source: ExportSource, target: Storage, dtype: torch.dtype) -> None:
+def _config(source: ExportSource, dtype: torch.dtype) -> dict[str, bytes]:
     config = model_config(source.base, source.model)
     config.dtype = dtype
-    config.architectures = config.architectures or [type(_skeleton(source)).__name__]
+    config.architectures = config.architectures or [type(skeleton(config)).__name__]
     config.use_cache = True
-    _write_saved(target, config.save_pretrained)
+    return _saved(config.save_pretrained)
 
 
-def _write_saved(target: Storage, save_pretrained: Callable[[str], Any]) -> None:
-    """Copy what a ``save_pretrained`` writes to the storage, configuration last."""
+def _saved(save_pretrained: Callable[[str], Any]) -> dict[str, bytes]:
+    """The files that a ``save_pretrained`` writes, small ones."""
     with tempfile.TemporaryDirectory() as folder:
         save_pretrained(folder)
-        for path in _config_last(Path(folder)):
-            target.write(path.name, [path.read_bytes()])
-
-
-def _config_last(folder: Path) -> Iterator[Path]:
-    yield from sorted(folder.iterdir(), key=lambda path: (path.name.endswith("config.json"), path.name))
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}

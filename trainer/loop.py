@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
 
-from data_shards.sampler import Sampler
-from data_shards.shard_reader import SplitReader
-from trainer.checkpoint_manifest import CheckpointManifest, Progress
+from data_shards.order.sampler import Sampler
+from data_shards.reading.shard_reader import SplitReader
+from trainer.checkpoint_manifest import Progress
+from trainer.checkpointing import Checkpointing
 from trainer.config import TrainerConfig
 from trainer.engine import ZeroEngine
 from trainer.evaluate import evaluate
 from trainer.metrics import Reporter, StepFigures
 from trainer.progress_log import ProgressLog
 from trainer.schedule import learning_rate
-from trainer.step import PackSource, train_step
+from trainer.step import PackSource, StepResult, train_step
 
 _STEPS_AHEAD = 4
 
@@ -39,7 +38,7 @@ class Loop:
     train: SplitReader
     validation: PackSource | None
     progress: Progress
-    save: Callable[[Progress], CheckpointManifest]
+    checkpointing: Checkpointing
     stop_wanted: Callable[[], bool]
     log: ProgressLog
     reporter: Reporter
@@ -47,32 +46,31 @@ class Loop:
     """step up to which rows were asked for"""
 
     def run(self) -> Outcome:
-        """Raises NonFiniteStep, StepInvariantBroken, or what saving raises; nothing committed is touched then."""
+        """Raises NonFiniteStep, StepInvariantBroken or SaveFailed; nothing committed is touched then."""
         num_steps = self.sampler.num_steps
-        saved_at = self.progress.step
         if self.config.evaluation.at_start and self.progress.step == 0:
             self._evaluate()
-        while self.progress.step < num_steps:
-            stop = self._step()
-            step = self.progress.step
+        stop = False
+        while self.progress.step < num_steps and not stop:
+            standing = self._step().standing
+            stop, step = standing.stop_requested, self.progress.step
+            self.checkpointing.look_after(self.progress, standing)
             if self._is_due(self.config.evaluation.every_steps, step) or step == num_steps:
                 self._evaluate()
-            if self._is_due(self.config.checkpoint.every_steps, step) or step == num_steps or stop:
-                self._save()
-                saved_at = step
-            if stop and step < num_steps:
-                self.log.say(f"stopped on request after step {step}; progress is saved")
-                return Outcome.STOPPED
-        if saved_at != self.progress.step:
-            self._save()
+            if step < num_steps and not stop:
+                self._add({"checkpoint": self.checkpointing.save_if_due(self.progress, standing)})
+        self._add({"checkpoint": self.checkpointing.save_at_end(self.progress)})
+        if self.progress.step < num_steps:
+            self.log.say(f"stopped on request after step {self.progress.step}; progress is saved")
+            return Outcome.STOPPED
         return Outcome.FINISHED
 
     @staticmethod
     def _is_due(every: int | None, step: int) -> bool:
         return every is not None and step % every == 0
 
-    def _step(self) -> bool:
-        """One optimizer step. Returns whether any rank wishes to stop."""
+    def _step(self) -> StepResult:
+        """One optimizer step."""
         done = self.progress.step
         self._fetch_ahead(done)
         rate = learning_rate(self.config.optimizer, done, self.sampler.num_steps)
@@ -85,7 +83,7 @@ class Loop:
             seed=self.config.seed,
             micro_batch_size=self.config.training.micro_batch,
             learning_rate=rate,
-            stop_requested=self.stop_wanted(),
+            standing=self.checkpointing.standing()._replace(stop_requested=self.stop_wanted()),
         )
         seconds = timer.stop()
         self.progress = replace(
@@ -95,11 +93,11 @@ class Loop:
             tokens=self.progress.tokens + result.tokens,
             trained_tokens=self.progress.trained_tokens + result.trained_tokens,
             last_loss=result.loss,
-            seconds=added(self.progress.seconds, result.seconds_by_part),
         )
+        self._add(result.seconds_by_part)
         self.log.step(done + 1, result, rate, seconds)
         self.reporter.stepped(self.progress, StepFigures(rate, result.grad_norm, self.log.tokens_per_second))
-        return result.stop_requested
+        return result
 
     def _fetch_ahead(self, done: int) -> None:
         """Shards of the coming steps are fetched and verified while this one computes."""
@@ -110,28 +108,22 @@ class Loop:
     def _evaluate(self) -> None:
         if self.validation is None:
             return
-        with self._timed("evaluation"):
-            result = evaluate(self.engine, self.validation, self.config.evaluation.micro_batch)
+        timer = _Timer()
+        result = evaluate(self.engine, self.validation, self.config.evaluation.micro_batch)
+        self._add({"evaluation": timer.stop()})
         first = self.progress.first_eval_loss
         self.progress = replace(
-            self.progress, eval_loss=result.loss, first_eval_loss=result.loss if first is None else first
+            self.progress,
+            eval_loss=result.loss,
+            first_eval_loss=result.loss if first is None else first,
+            eval_step=self.progress.step,
         )
         self.log.evaluation(self.progress.step, result)
         self.reporter.evaluated(self.progress)
 
-    def _save(self) -> None:
-        self.log.flush()  # before the commit: records of steps behind it would never be made again
-        with self._timed("checkpoint") as timer:
-            manifest = self.save(self.progress)
-        self.reporter.committed(self.progress, manifest, timer.seconds)
-        self.log.say(f"committed step {self.progress.step} in {timer.seconds:.2f}s")
-
-    @contextmanager
-    def _timed(self, kind: str) -> Any:
-        """Adds the wall seconds of its body to the run's, by kind."""
-        timer = _Timer()
-        yield timer
-        self.progress = replace(self.progress, seconds=added(self.progress.seconds, {kind: timer.stop()}))
+    def _add(self, seconds: Mapping[str, float]) -> None:
+        """To the run's wall seconds, by kind."""
+        self.progress = replace(self.progress, seconds=added(self.progress.seconds, seconds))
 
 
 def added(seconds: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

@@ -13,7 +13,8 @@ from typing import NamedTuple
 
 from trainer import activation_memory as activations
 from trainer.activation_memory import Device, MicroBatchSize
-from trainer.config import Attention, Method, OptimizerName, TrainerConfig, ZeroConfig
+from trainer.config import STATE_KEYS, Attention, Method, OptimizerName, TrainerConfig, ZeroConfig
+from trainer.disk_plan import staging_bytes
 from trainer.gathered_parameters import gathered
 from trainer.model_shape import FP32, ModelShape, ParameterShape
 
@@ -23,9 +24,6 @@ RUNTIME_BYTES = {Device.GPU: 2 * GIB, Device.CPU: 1 * GIB}
 """An allowance, no formula: CUDA context, NCCL's and cuBLAS's buffers on a GPU; Python and its libraries on a CPU."""
 ALLOCATOR_SLACK = 0.05
 """An allowance for what the caching allocator rounds up and can't reuse, as a share of the peak; GPUs only."""
-
-STATE_KEYS = {OptimizerName.ADAMW: ("exp_avg", "exp_avg_sq"), OptimizerName.SGD: ()}
-"""Per-element fp32 states of each optimizer (``trainer.engine.build_optimizer``)"""
 
 
 class Moment(StrEnum):
@@ -187,10 +185,12 @@ def memory_plan(workload: Workload) -> MemoryPlan:
         },
         Moment.UPDATE: {"update of a sub-group": update_bytes(shape.trained, workload)},
     }  # fmt: skip
+    gpu = workload.device == Device.GPU
+    if not gpu:
+        held["copy for saves"] = staging_bytes(shape.trained, world_size, STATE_KEYS[workload.optimizer])
     if workload.eval_micro_batch is not None:
         moments[Moment.EVALUATION] = _evaluation(workload) | {"gathered parameters": whole.peak_bytes}
     dynamic = max(sum(parts.values()) for parts in moments.values())
-    gpu = workload.device == Device.GPU
     return MemoryPlan(
         held=held,
         moments=moments,

@@ -50,7 +50,6 @@ class CommitTotals:
 
     number: int = 0
     size_bytes: int = 0
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -129,9 +128,7 @@ class Reporter:
     def committed(self, progress: Progress, manifest: CheckpointManifest, seconds: float) -> None:
         commit = Commit.of(manifest, seconds)
         self._last_commit = commit
-        self._commits = CommitTotals(
-            self._commits.number + 1, self._commits.size_bytes + commit.size_bytes, self._commits.seconds + seconds
-        )
+        self._commits = CommitTotals(self._commits.number + 1, self._commits.size_bytes + commit.size_bytes)
         self._send(progress)
 
     def _send(self, progress: Progress) -> None:

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from data_shards.storage import content_hash
 from trainer import attention
+from trainer.base_loader import building_partitioned, load_base
 from trainer.config import Attention, LoraConfig, Method, ModelConfig, Precision
 from trainer.errors import ModelError
+from trainer.run_directory import Say
 
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}
 
@@ -31,13 +32,6 @@ def locate_base(config: ModelConfig) -> Path:
             "*.safetensors, or a hub id such as Qwen/Qwen2.5-7B."
         )
     return _download(config)
-
-
-def base_identity(config: ModelConfig, path: Path) -> str:
-    """What names the base in checkpoints: hub id and commit, or a hash over config and weights (every byte is read)."""
-    if not Path(config.base).expanduser().is_dir():
-        return f"{config.base}@{path.name}"
-    return content_hash([path / "config.json", *([] if config.random_init else weight_files(path))])
 
 
 def _download(config: ModelConfig) -> Path:
@@ -106,36 +100,35 @@ def max_positions(hf_config: Any) -> int | None:
     return getattr(hf_config, "max_position_embeddings", None)
 
 
+def _silent(_: str) -> None:
+    pass
+
+
 def build_model(
-    path: Path, config: ModelConfig, deepspeed_config: dict[str, Any] | None, *, seed: int
-) -> torch.nn.Module:
+    path: Path, config: ModelConfig, deepspeed_config: dict[str, Any] | None, *, seed: int, say: Say = _silent
+) -> Any:
     """The base model on this rank; under ``deepspeed_config`` partitioned while it is built, never whole in memory.
 
     Args:
         path: what ``locate_base`` gave.
         seed: of random weights; the same on all ranks.
+        say: told how the weights were read.
+
+    Raises ModelError where the files are not whole, or are not those of the model.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.integrations import HfDeepSpeedConfig
 
     hf_config = model_config(path, config)
     dtype = DTYPES[config.precision]
-    # transformers looks for a live HfDeepSpeedConfig (a weak reference) and then builds under zero.Init.
     if deepspeed_config is None and config.attention == Attention.PACKED:
         hf_config._attn_implementation = Attention.SDPA.value  # to generate, with masks and a cache
-    zero_init = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config is not None else None
-    torch.manual_seed(seed)
+    trusted = config.trust_remote_code
     if config.random_init:
-        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        torch.manual_seed(seed)
+        with building_partitioned(deepspeed_config):
+            model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype, trust_remote_code=trusted)
     else:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=hf_config,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
-        )
-    del zero_init
+        model = load_base(path, hf_config, dtype, deepspeed_config, trust_remote_code=trusted, say=say)
     model.config.use_cache = False
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -171,6 +164,7 @@ def build_trained_model(
     deepspeed_config: dict[str, Any] | None,
     *,
     seed: int,
+    say: Say = _silent,
 ) -> torch.nn.Module:
-    model = build_model(path, config, deepspeed_config, seed=seed)
+    model = build_model(path, config, deepspeed_config, seed=seed, say=say)
     return add_lora(model, lora, seed=seed) if method == Method.LORA else model

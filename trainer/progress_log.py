@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
+
+import torch.distributed as dist
 
 from data_shards.storage import Storage
 from trainer.evaluate import EvaluationResult
@@ -19,6 +23,16 @@ def duration(seconds: float) -> str:
     if whole >= 3600:
         return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def say(text: str) -> None:
+    print(f"{utc_now()} {text}", flush=True)
+
+
+def say_on_first_rank(text: str) -> None:
+    """Before there is a log: while the model is built."""
+    if dist.get_rank() == 0:
+        say(text)
 
 
 class ProgressLog:
@@ -38,14 +52,18 @@ class ProgressLog:
 
     def say(self, text: str) -> None:
         if self._enabled:
-            print(f"{utc_now()} {text}", flush=True)
+            say(text)
+
+    @staticmethod
+    def warn(text: str) -> None:
+        """From any rank."""
+        print(f"{utc_now()} {text}", file=sys.stderr, flush=True)
 
     def step(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
         """Args: step: completed ones, this included."""
         self._recent.append((seconds, result.tokens))
-        self._records.append(
-            {"step": step, "lr": learning_rate, "seconds": seconds, "time": time.time(), **result._asdict()}
-        )
+        figures = {name: value for name, value in result._asdict().items() if name != "standing"}
+        self._records.append({"step": step, "lr": learning_rate, "seconds": seconds, "time": time.time(), **figures})
         if step % self._log_every == 0 or step in (1, self._num_steps):
             spent, tokens = (sum(values) for values in zip(*self._recent, strict=True))
             eta = duration(spent / len(self._recent) * (self._num_steps - step))
@@ -66,9 +84,17 @@ class ProgressLog:
             f"token accuracy {result.accuracy:.1%}  over {result.trained_tokens:,} tokens"
         )
 
-    def flush(self) -> None:
-        if self._enabled and self._records:
-            first, last = self._records[0]["step"], self._records[-1]["step"]
-            lines = "".join(json.dumps(record) + "\n" for record in self._records)
-            self._attempt.write(f"steps/{first:08d}-{last:08d}.jsonl", [lines.encode()])
-        self._records.clear()
+    def flushing(self) -> Callable[[], None]:
+        """What writes the records until now, to be called before the commit: later, those of steps behind it would
+        never be made again. May be called while steps are added; what could not be written is written next time."""
+        number = len(self._records)
+
+        def flush() -> None:
+            records = self._records[:number]
+            if self._enabled and records:
+                first, last = records[0]["step"], records[-1]["step"]
+                lines = "".join(json.dumps(record) + "\n" for record in records)
+                self._attempt.write(f"steps/{first:08d}-{last:08d}.jsonl", [lines.encode()])
+            del self._records[:number]
+
+        return flush

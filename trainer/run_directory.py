@@ -1,8 +1,10 @@
-"""Where a run lives, and which of its checkpoints count.
+"""Where a run lives, and which attempts made it.
 
-``run.json`` says what the run is; ``attempts/<id>/start.json`` chains the attempts; ``checkpoints/`` holds commits;
-``result.json`` how it stands. Attempts that were superseded are fenced on the reader's side: whatever they commit
-beyond the step at which their successor began is never read.
+``run.json`` says what the run is; ``attempts/<id>/start.json`` chains the attempts; ``checkpoints/`` holds commits
+(``survey.py`` says which count); ``result.json`` how it stands. Attempts that were superseded are fenced on the
+reader's side: whatever they commit beyond the step at which their successor began is never read; nor is anything of
+attempts that are not in the chain that counts, such as those which a launcher starts after another one took the run
+over.
 """
 
 from __future__ import annotations
@@ -10,16 +12,15 @@ from __future__ import annotations
 import json
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_shards.errors import BadInput, BatonError, CorruptFile
 from data_shards.storage import Storage
-from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef
-from trainer.errors import CheckpointCorrupt
+from trainer.errors import CheckpointCorrupt, DiskFull, RunHeld
 
 Say = Callable[[str], None]
 
@@ -54,6 +55,15 @@ class AttemptStart:
     started: str
     resume_from: str | None
     allowed_changes: tuple[str, ...] = ()
+    term: int = 0
+    """of the launcher's hold on the run (cluster/claims.py); 0: from before there were any"""
+    claim: str = ""
+    """id of that hold"""
+
+    @property
+    def launcher_rank(self) -> tuple[int, str]:
+        """Of two launchers' attempts those with the lower one count."""
+        return -self.term, self.claim
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,7 @@ class WorkerError:
     message: str
     retryable: bool
     bad_input: bool
+    disk_full: bool = False
     checkpoint: str | None = None
     """the one that turned out corrupt"""
     traceback: str = ""
@@ -77,20 +88,10 @@ class WorkerError:
             message=str(error),
             retryable=error.retryable if isinstance(error, BatonError) else True,
             bad_input=isinstance(error, BadInput),
+            disk_full=isinstance(error, DiskFull),
             checkpoint=error.checkpoint if isinstance(error, CheckpointCorrupt) else None,
             traceback="".join(traceback.format_exception(error)),
         )
-
-
-class NoUsableCheckpoint(BatonError):
-    """There are commits, and none of them can be read."""
-
-
-class Survey(NamedTuple):
-    usable: list[CheckpointRef]
-    """oldest first"""
-    rejected: list[str]
-    """committed, not fenced off, but damaged"""
 
 
 def fences(chain: Sequence[AttemptStart]) -> dict[str, int | None]:
@@ -107,6 +108,22 @@ def fences(chain: Sequence[AttemptStart]) -> dict[str, int | None]:
     return limits
 
 
+def lineage_of(starts: Mapping[str, AttemptStart]) -> list[AttemptStart]:
+    """The chain of attempts that counts, oldest first: of the launcher that took the run last the longest (pure).
+
+    A launcher that goes on without knowing that it was superseded makes the older term's chain longer, but no younger.
+    Of equal terms, which launchers do not get, the lower claim counts, and always the same.
+    """
+    if not starts:
+        return []
+    tip: AttemptStart | None = min(starts.values(), key=lambda s: (s.launcher_rank, -s.number, s.attempt))
+    chain: list[AttemptStart] = []
+    while tip is not None:
+        chain.append(tip)
+        tip = starts.get(tip.parent) if tip.parent else None
+    return chain[::-1]
+
+
 class RunDirectory:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
@@ -120,8 +137,15 @@ class RunDirectory:
         return self.storage.child(f"attempts/{attempt}")
 
     def start_attempt(
-        self, parent: AttemptStart | None, resume_from: CheckpointRef | None, allowed_changes: tuple[str, ...]
+        self,
+        parent: AttemptStart | None,
+        resume_from: CheckpointRef | None,
+        allowed_changes: tuple[str, ...],
+        *,
+        term: int = 0,
+        claim: str = "",
     ) -> AttemptStart:
+        """Write it, then look. Raises RunHeld where another launcher's attempts count by now: no worker may start."""
         start = AttemptStart(
             attempt=uuid.uuid4().hex[:12],
             parent=parent.attempt if parent else None,
@@ -130,67 +154,33 @@ class RunDirectory:
             started=utc_now(),
             resume_from=resume_from.name if resume_from else None,
             allowed_changes=allowed_changes,
+            term=term,
+            claim=claim,
         )
         write_json(self.attempt(start.attempt), "start.json", asdict(start))
+        tip = self.lineage()[-1:]
+        if tip and tip[0].launcher_rank < start.launcher_rank:
+            raise RunHeld(
+                f"{self.storage.uri}: attempt {tip[0].attempt} of another launcher counts, started {tip[0].started}: "
+                "this launcher has lost the run"
+            )
         return start
 
-    def lineage(self) -> list[AttemptStart]:
-        """The chain of attempts that counts, oldest first: the longest, and of equals the one with the lowest id."""
+    def attempts(self) -> dict[str, AttemptStart]:
+        """All that were ever started, by id."""
         starts = {}
         for name in self.storage.child("attempts").list():
             if value := read_json(self.attempt(name), "start.json"):
                 starts[name] = AttemptStart(**value | {"allowed_changes": tuple(value["allowed_changes"])})
-        if not starts:
-            return []
-        tip: AttemptStart | None = min(starts.values(), key=lambda start: (-start.number, start.attempt))
-        chain: list[AttemptStart] = []
-        while tip is not None:
-            chain.append(tip)
-            tip = starts.get(tip.parent) if tip.parent else None
-        return chain[::-1]
+        return starts
 
-    def survey(self, report: Say = print, excluded: frozenset[str] = frozenset()) -> Survey:
-        """Look at every checkpoint; what is not accepted is reported.
+    def last_term(self) -> int:
+        """The greatest under which an attempt was started."""
+        return max((start.term for start in self.attempts().values()), default=0)
 
-        Args:
-            excluded: names that failed verification when they were read.
-        """
-        limits = fences(self.lineage())
-        rejected = []
-
-        def on_bad(name: str, problem: str) -> None:
-            rejected.append(name)
-            report(f"checkpoint {name} is not accepted: {problem}")
-
-        usable = []
-        for ref in checkpoint.committed(self.checkpoints, on_bad=on_bad):
-            limit = limits.get(ref.manifest.attempt, -1)
-            if limit is not None and ref.step > limit:
-                report(f"checkpoint {ref.name} is ignored: its attempt had been superseded at step {limit}")
-            elif ref.name in excluded:
-                on_bad(ref.name, "it failed verification in this submission")
-            else:
-                usable.append(ref)
-        return Survey(usable, rejected)
-
-    def usable_checkpoints(self, report: Say = print) -> list[CheckpointRef]:
-        """Committed checkpoints that may be resumed from, oldest first."""
-        return self.survey(report).usable
-
-    def newest(self, report: Say = print, excluded: frozenset[str] = frozenset()) -> CheckpointRef | None:
-        """What to resume from; None where nothing was ever committed.
-
-        Raises NoUsableCheckpoint where something was, but none of it can be accepted: starting over silently would
-        fence it off for good.
-        """
-        usable, rejected = self.survey(report, excluded)
-        if not usable and rejected:
-            raise NoUsableCheckpoint(
-                f"{self.storage.uri}: none of its committed checkpoints can be used ({', '.join(sorted(rejected))}; "
-                "the reasons are above). If the storage was away for a moment, run the same command again; to start "
-                "over, choose a new run.name or remove the checkpoints by hand"
-            )
-        return usable[-1] if usable else None
+    def lineage(self) -> list[AttemptStart]:
+        """The chain of attempts that counts, oldest first."""
+        return lineage_of(self.attempts())
 
     def errors_of(self, attempt: str) -> list[WorkerError]:
         folder = self.attempt(attempt).child("errors")
@@ -204,11 +194,3 @@ class RunDirectory:
 
     def stop_requested(self, attempt: str) -> bool:
         return self.attempt(attempt).exists("stop.json")
-
-    def prune(self, keep_last: int) -> list[str]:
-        """Remove committed checkpoints but the newest ``keep_last``, manifest first so that none is ever half there."""
-        removed = [ref.name for ref in self.usable_checkpoints(report=lambda line: None)[:-keep_last]]
-        for name in removed:
-            self.checkpoints.child(name).delete_file(checkpoint.MANIFEST)
-            self.checkpoints.delete_tree(name)
-        return removed

@@ -22,13 +22,34 @@ class PackSource(Protocol):
 
     num_rows: int
 
-    def pack(self, row: int) -> Pack:
-        """The pack with this row id."""
+    def packs(self, rows: np.ndarray) -> list[Pack]:
+        """The packs with these row ids, int64 ``[n]``."""
         ...
 
     def num_trained(self, rows: np.ndarray) -> int:
         """Trained tokens in these rows together."""
         ...
+
+
+class Standing(NamedTuple):
+    """What a rank tells the others with each step, so that all of them act on it alike."""
+
+    stop_requested: bool = False
+    saving: bool = False
+    """a save is still being written here"""
+    save_failed: bool = False
+    """the last save's part of this rank, or its commit"""
+    save_stuck: bool = False
+    """a save is still being written here that should long have ended"""
+    out_of_room: bool = False
+    """``save_failed``, because the disk is full"""
+    room_short: bool = False
+    """the next save needs more room than there is"""
+    room_exhausted: bool = False
+    """and nothing more may be removed"""
+
+
+QUIET = Standing()
 
 
 class StepResult(NamedTuple):
@@ -43,7 +64,8 @@ class StepResult(NamedTuple):
     trained_tokens: int
     rows_digest: int
     """sum of a hash of each row id that any rank really trained on: order-free, equal for equal batches"""
-    stop_requested: bool
+    standing: Standing
+    """what is so on any rank"""
     seconds_by_part: Mapping[str, float]
     """this rank's wall seconds: data, forward_backward, optimizer, agreement (the all-reduce of these very figures)"""
 
@@ -67,13 +89,13 @@ def train_step(
     seed: int,
     micro_batch_size: int,
     learning_rate: float,
-    stop_requested: bool = False,
+    standing: Standing = QUIET,
 ) -> StepResult:
     """Train on ``rows`` (int64 [B], the global batch; every rank passes the same) and update once.
 
     Args:
         step: completed steps before this one.
-        stop_requested: this rank's wish to stop; any rank's wish reaches all in the result.
+        standing: this rank's; what is so on any rank is so in the result.
 
     Raises:
         StepInvariantBroken: the ranks together did not train on just these rows and tokens.
@@ -88,7 +110,7 @@ def train_step(
     seen = np.zeros(4)  # rows, tokens, trained tokens, digest
     for index, (start, stop) in enumerate(parts):
         row_ids = rows[start:stop]
-        batch = collate([source.pack(int(row)) for row in row_ids])
+        batch = collate(source.packs(row_ids))
         clock.mark("data")
         reseed(seed, step, row_ids)
         loss_sum += engine.train_micro_batch(batch, max(1, global_trained), is_last=index == len(parts) - 1).double()
@@ -98,12 +120,10 @@ def train_step(
     grad_norm = engine.apply_step(learning_rate)
     clock.mark("optimizer")
     # Counts and 32-bit digests are exact in float64, so one small all-reduce carries everything.
-    agreed = torch.cat(
-        [loss_sum[None], torch.tensor([*seen, stop_requested], dtype=torch.float64, device=engine.device)]
-    )
+    agreed = torch.cat([loss_sum[None], torch.tensor([*seen, *standing], dtype=torch.float64, device=engine.device)])
     torch.distributed.all_reduce(agreed)
     clock.mark("agreement")
-    total, num_rows, tokens, trained, digest, stops = agreed.tolist()
+    total, num_rows, tokens, trained, digest, *somewhere = agreed.tolist()
     planned = (len(rows), global_trained, sum(map(row_digest, rows)))
     if (int(num_rows), int(trained), int(digest)) != planned:
         raise StepInvariantBroken(
@@ -115,4 +135,5 @@ def train_step(
     if not np.isfinite(loss):
         raise NonFiniteStep(f"step {step}: the loss is {loss}; rows {rows[:8].tolist()}… of the dataset")
     seconds = clock.seconds()  # after tolist, which waits for the device
-    return StepResult(loss, grad_norm, int(num_rows), int(tokens), int(trained), int(digest), stops > 0, seconds)
+    all_standing = Standing(*(count > 0 for count in somewhere))
+    return StepResult(loss, grad_norm, int(num_rows), int(tokens), int(trained), int(digest), all_standing, seconds)

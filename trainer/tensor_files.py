@@ -7,14 +7,16 @@ The format (github.com/huggingface/safetensors): 8 bytes little-endian header le
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from data_shards.errors import CorruptFile
-from data_shards.storage import FileEntry, Storage, VerifiedReader
+from data_shards.hashed_file import BLOCK_BYTES, FileEntry
+from data_shards.storage import Storage
+from data_shards.verified_reader import Piece, VerifiedReader, by_span
 
 _DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
@@ -61,19 +63,54 @@ def write_tensors(
     specs: Mapping[str, TensorSpec],
     produce: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str] | None = None,
+    block_bytes: int = BLOCK_BYTES,
 ) -> FileEntry:
-    """Write one safetensors file, asking ``produce(name)`` for each tensor in turn."""
+    """Write one safetensors file, asking ``produce(name)`` for each tensor in turn; again where an upload
+    breaks."""
+    return storage.write(
+        relative, Repeated(lambda: _chunks(specs, lambda name: [produce(name)], metadata)), block_bytes
+    )
 
-    def chunks() -> Iterator[Any]:
-        yield header_bytes(specs, metadata)
-        for name, spec in specs.items():
-            tensor = produce(name)
-            if tensor.numel() != spec.numel or tensor.dtype != spec.dtype:
-                raise ValueError(f"{name}: got {tuple(tensor.shape)} {tensor.dtype}, announced {spec}")
-            if spec.numel:
-                yield tensor_bytes(tensor)
 
-    return storage.write(relative, chunks())
+def write_parts(
+    storage: Storage,
+    relative: str,
+    specs: Mapping[str, TensorSpec],
+    parts: Callable[[str], Iterable[torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> FileEntry:
+    """Write one safetensors file, of each tensor the ``parts(name)`` that are, in order, its elements: one part in
+    memory at a time. Parts may be asked for again where an upload breaks."""
+    return storage.write(relative, Repeated(lambda: _chunks(specs, parts, metadata)))
+
+
+class Repeated:
+    """Chunks that ``make`` makes anew whenever they are gone through, so that an upload can begin again."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._make()
+
+
+def _chunks(
+    specs: Mapping[str, TensorSpec],
+    parts: Callable[[str], Iterable[torch.Tensor]],
+    metadata: Mapping[str, str] | None,
+) -> Iterator[Any]:
+    """The file's bytes. Raises ValueError where parts are not what ``specs`` announced."""
+    yield header_bytes(specs, metadata)
+    for name, spec in specs.items():
+        missing = spec.numel
+        for part in parts(name):
+            missing -= part.numel()
+            if missing < 0 or part.dtype != spec.dtype:
+                raise ValueError(f"{name}: got {tuple(part.shape)} {part.dtype}, announced {spec}")
+            if part.numel():
+                yield tensor_bytes(part)
+        if missing:
+            raise ValueError(f"{name}: {missing} elements are missing of {spec}")
 
 
 class TensorFile:
@@ -83,27 +120,43 @@ class TensorFile:
     """
 
     def __init__(self, storage: Storage, entry: FileEntry) -> None:
-        self._reader = VerifiedReader(storage, entry)
+        self.bytes = VerifiedReader(storage, entry)
         self._where = storage.uri_of(entry.path)
-        length = int.from_bytes(self._reader.read(0, 8), "little")
+        length = int.from_bytes(self.bytes.read(0, 8), "little")
         if length > min(_MAX_HEADER_BYTES, entry.size - 8):
             raise CorruptFile(f"{self._where}: not a safetensors file (header of {length} bytes)")
         self._data_start = 8 + length
-        header = json.loads(self._reader.read(8, self._data_start))
+        header = json.loads(self.bytes.read(8, self._data_start))
         self._tensors = {name: value for name, value in header.items() if name != "__metadata__"}
 
-    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements ``[start, stop)`` of the flattened tensor: 1-D, on the CPU."""
+    def dtype(self, name: str) -> torch.dtype:
         if name not in self._tensors:
             raise CorruptFile(f"{self._where}: holds no tensor {name!r}")
-        value = self._tensors[name]
-        dtype = _DTYPES[value["dtype"]]
-        low, high = value["data_offsets"]
+        return _DTYPES[self._tensors[name]["dtype"]]
+
+    def piece(self, name: str, start: int, into: torch.Tensor) -> Piece:
+        """Where the elements that are to fill ``into`` lie in the file.
+
+        Args:
+            start: the first of them, in the flattened tensor.
+            into: 1-D, contiguous, on the CPU, of the file's dtype.
+        """
+        dtype, stop = self.dtype(name), start + into.numel()
+        if into.dtype != dtype:
+            raise CorruptFile(f"{self._where}: {name} is {dtype}, not {into.dtype}")
+        low, high = self._tensors[name]["data_offsets"]
         if not 0 <= start <= stop <= (high - low) // dtype.itemsize:
             raise CorruptFile(f"{self._where}: {name} has fewer than {stop} elements")
         first = self._data_start + low + start * dtype.itemsize
-        data = bytearray(self._reader.read(first, first + (stop - start) * dtype.itemsize))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        self.bytes.check_bounds(first, first + into.nbytes)
+        return Piece(first, memoryview(tensor_bytes(into)))
+
+    def read(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements ``[start, stop)`` of the flattened tensor: 1-D, on the CPU."""
+        found = torch.empty(max(0, stop - start), dtype=self.dtype(name))
+        for pieces in by_span([self.piece(name, start, found)]):
+            self.bytes.read_span(pieces)
+        return found
 
     def close(self) -> None:
-        self._reader.close()
+        self.bytes.close()

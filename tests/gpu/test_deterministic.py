@@ -12,7 +12,7 @@ from data_shards.storage import Storage
 from tests.gpu.test_step import PACKS, rows, train
 from tests.integration.test_exactness import ADAMW, make_engine
 from tests.support.gpu import needs_device
-from tests.support.tiny import DRAFT
+from tests.support.tiny import DRAFT, save_now
 from trainer import checkpoint
 from trainer.config import Attention, Method, Precision
 from trainer.engine import ZeroEngine
@@ -56,7 +56,7 @@ def test_a_loaded_checkpoint_goes_on_with_the_same_bits(base: str, method: Metho
     storage = Storage.at(tmp_path)
     engine = engine_of(base, {"method": method})
     train(engine, ADAMW, steps=2)
-    ref = checkpoint.save(engine, storage, DRAFT)
+    ref = save_now(engine, storage, DRAFT)
     whole = step_two(engine)
     resumed = engine_of(base, {"method": method})
     fresh = bits(resumed)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from data_shards.audit_batch import TokenizerFacts
-from data_shards.audit_findings import Packing
-from data_shards.audit_page import page, previews_of
-from data_shards.audit_report import report_of
+from data_shards.audit.batch import TokenizerFacts
+from data_shards.audit.findings import Packing
+from data_shards.audit.page import page, previews_of
+from data_shards.audit.report import report_of
 from tests.support import dirty_data as dirty
 from tests.support import tokenizers as families
 

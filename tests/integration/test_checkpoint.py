@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.sampler import Sampler
+from data_shards.order.sampler import Sampler
 from data_shards.storage import Storage
 from tests.integration.test_exactness import ADAMW, full_weights, make_engine
 from tests.support.distributed import run_workers
 from tests.support.plain_loop import plain_run
-from tests.support.tiny import DRAFT, ragged_packs, save_tiny_model
+from tests.support.tiny import DRAFT, ragged_packs, save_now, save_tiny_model
 from trainer import checkpoint
 from trainer.checkpoint_manifest import Progress
 from trainer.config import Method, Precision
@@ -25,7 +25,7 @@ from trainer.step import StepResult, row_digest, train_step
 
 Weights = dict[str, torch.Tensor]
 
-STEPS, SAVED_AT = 20, 8
+STEPS, SAVED_AT = 30, 12
 PACKS = ragged_packs(19, seed=3)
 SAMPLER = Sampler(num_rows=19, seed=5, global_batch=6, total_rows=6 * STEPS)
 
@@ -44,7 +44,7 @@ def whole_run(base: str, root: str, options: dict[str, Any]) -> tuple[list[StepR
     engine = make_engine(base, ADAMW, **options)
     before = steps(engine, 0, SAVED_AT)
     draft = replace(DRAFT, progress=Progress(step=SAVED_AT, rows_consumed=SAVED_AT * 6))
-    checkpoint.save(engine, Storage.at(root), draft)
+    save_now(engine, Storage.at(root), draft)
     return before + steps(engine, SAVED_AT, STEPS), full_weights(engine)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_shards.sampler import Sampler
+from data_shards.order.sampler import Sampler
 from tests.support.distributed import run_workers
 from tests.support.plain_loop import PlainRun, plain_run
 from tests.support.tiny import MemoryPacks, ragged_packs, save_tiny_model

@@ -12,14 +12,14 @@ import torch
 from data_shards.pack import Pack
 from data_shards.storage import Storage
 from tests.integration.test_exactness import ADAMW, make_engine
+from tests.support.checkpoints import trained_shapes, write_checkpoint
 from tests.support.distributed import run_workers
-from tests.support.tiny import DRAFT, ragged_packs, save_tiny_model
+from tests.support.tiny import DRAFT, ragged_packs, save_now, save_tiny_model, tiny_config
 from trainer import checkpoint
 from trainer.batch import collate
 from trainer.config import LoraConfig, Method, ModelConfig, Precision
-from trainer.export import ExportSource, export_adapter, export_full, export_merged, write_model_files
+from trainer.export import ExportSource, export_adapter, export_full, export_merged
 from trainer.step import train_step
-from trainer.tensor_files import TensorSpec
 
 IDS = torch.arange(2, 42)[None]
 ALL = collate([Pack(IDS[0].numpy(), np.ones(IDS.numel(), bool), np.array([IDS.numel()]))])
@@ -32,7 +32,7 @@ def train_and_save(base: str, root: str, method: Method) -> torch.Tensor:
     for step in range(4):
         rows = np.arange(step * 3, step * 3 + 3)
         train_step(engine, ragged_packs(12), rows, step=step, seed=0, micro_batch_size=2, learning_rate=3e-3)
-    checkpoint.save(engine, Storage.at(root), DRAFT)
+    save_now(engine, Storage.at(root), DRAFT)
     engine.module.eval()
     with torch.no_grad():
         # As the trainer calls it, but with all logits.
@@ -87,15 +87,22 @@ def test_adapter_and_merged_model_agree(tmp_path: Path, family: str) -> None:
     assert not close(logits(AutoModelForCausalLM.from_pretrained(base)), expected)
 
 
-def test_large_models_are_split_with_an_index(tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+def test_files_that_name_tensors_otherwise_than_modules(tmp_path: Path) -> None:
+    """Mixtral's experts are one tensor each in files, and one of all in memory."""
+    from safetensors import safe_open
+    from transformers import AutoModelForCausalLM, MixtralConfig
 
-    base = save_tiny_model(tmp_path / "base")
-    model = AutoModelForCausalLM.from_pretrained(base)
-    state = model.state_dict()
-    specs = {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in state.items()}
-    target = Storage.at(tmp_path / "split")
-    write_model_files(target, specs, state.__getitem__, max_file_bytes=20_000)
-    (tmp_path / "split" / "config.json").write_bytes((base / "config.json").read_bytes())
-    assert len(list((tmp_path / "split").glob("model-*.safetensors"))) > 2
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "split")), logits(model))
+    config = tiny_config("mistral").to_dict() | {"num_local_experts": 4, "num_experts_per_tok": 2}
+    MixtralConfig(**{**config, "model_type": "mixtral", "architectures": None}).save_pretrained(tmp_path / "base")
+    shapes = trained_shapes(tmp_path / "base")
+    write_checkpoint(Storage.at(tmp_path / "checkpoints"), shapes, 3)
+    source = source_of(tmp_path / "base", tmp_path / "checkpoints")
+    for _ in range(2):  # over an earlier one too
+        export_full(source, Storage.at(tmp_path / "out"), torch.float32)
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) - shapes.keys(), "these are the names of modules"
+    parameters = dict(AutoModelForCausalLM.from_pretrained(tmp_path / "out").named_parameters())
+    assert parameters.keys() == shapes.keys()
+    with source.reader() as reader:
+        for name, value in parameters.items():
+            assert torch.equal(reader.read(name, "fp32", value.numel(), 0, value.numel()), value.flatten())

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder
-from data_shards.records import read_records
+from data_shards.encoding.encoder import Encoder
+from data_shards.sources.records import read_records
 from tests.support import tokenizers as families
 from tests.support.data_files import write_rows
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder, load_tokenizer, stop_tokens
+from data_shards.encoding.encoder import Encoder, load_tokenizer, stop_tokens
 from data_shards.prepare import TRAIN, VALIDATION, Prepared, prepare
-from data_shards.shard_reader import SplitReader
+from data_shards.reading.shard_reader import SplitReader
 from data_shards.storage import Storage
 from launch.quickstart_inputs import make_base
 from tests.support.data_files import write_rows

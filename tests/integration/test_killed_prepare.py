@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder
+from data_shards.encoding.encoder import Encoder
 from data_shards.manifest import MANIFEST
 from data_shards.prepare import prepare
 from data_shards.storage import Storage

@@ -15,19 +15,28 @@ from torch.utils._pytree import tree_flatten
 from data_shards.pack import Pack
 from data_shards.storage import Storage
 from tests.support.distributed import run_workers
-from tests.support.tiny import DRAFT, VOCAB, save_tiny_model
+from tests.support.tiny import DRAFT, VOCAB, save_now, save_tiny_model
 from trainer import activation_memory as activations
-from trainer import checkpoint
 from trainer.activation_memory import Device, MicroBatchSize
 from trainer.batch import collate
-from trainer.config import Attention, LoraConfig, Method, ModelConfig, OptimizerConfig, Precision, ZeroConfig
+from trainer.config import (
+    STATE_KEYS,
+    Attention,
+    LoraConfig,
+    Method,
+    ModelConfig,
+    OptimizerConfig,
+    Precision,
+    ZeroConfig,
+)
 from trainer.deepspeed_config import deepspeed_config
-from trainer.disk_plan import rank_file_bytes
+from trainer.disk_plan import rank_file_bytes, staging_bytes
 from trainer.engine import ZeroEngine, build_optimizer
 from trainer.gathered_parameters import MAX_REUSE_DISTANCE, gathered
 from trainer.memory_plan import Moment, RankState, Workload, largest_sub_group, memory_plan, rank_state
 from trainer.model import build_trained_model, model_config
 from trainer.model_shape import ModelShape, model_shape
+from trainer.saving import Saver
 
 WORLD_SIZE = 2
 LORA = LoraConfig(rank=3, target_modules="all-linear")
@@ -71,6 +80,8 @@ class Measured(NamedTuple):
     sub_groups: list[int]
     """elements of each, as DeepSpeed cut them"""
     rank_file: int
+    staging: int
+    """host memory for saves"""
 
 
 class Storages:
@@ -164,8 +175,11 @@ def measure(base: str, case: Case, folder: str) -> Measured:
     saved = step_watching_saved(engine)
     persistent = sum(p.numel() * p.element_size() for p in engine.module.parameters() if p.ds_persist)
     sub_groups = [sum(p.partition_numel() for p in group) for group in engine._zero.fp16_groups]
-    ref = checkpoint.save(engine, Storage.at(folder), DRAFT)
-    return Measured(held_state(engine), persistent, saved, sub_groups, ref.manifest.files[engine.rank].size)
+    ref = save_now(engine, Storage.at(folder), DRAFT)
+    saver = Saver(engine, Storage.at(folder), commit_timeout_s=60)
+    saver.staging.reserve(engine.num_local_elements * (1 + len(STATE_KEYS[OPTIMIZER.name])))
+    file = ref.manifest.files[engine.rank].size
+    return Measured(held_state(engine), persistent, saved, sub_groups, file, saver.staging.nbytes)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -325,3 +339,5 @@ def test_checkpoint_files_are_exact_to_the_byte(base: str, measured: dict[Case, 
     shape = shape_of(base, case)
     for rank, seen in enumerate(measured[case]):
         assert seen.rank_file == rank_file_bytes(shape.trained, rank, WORLD_SIZE, ("exp_avg", "exp_avg_sq"))
+    room = staging_bytes(shape.trained, WORLD_SIZE, ("exp_avg", "exp_avg_sq"))
+    assert room == measured[case][0].staging == max(seen.staging for seen in measured[case])

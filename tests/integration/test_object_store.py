@@ -7,26 +7,33 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder
+from data_shards.encoding.encoder import Encoder
 from data_shards.errors import CorruptFile
-from data_shards.prepare import prepare
-from data_shards.sampler import Sampler
-from data_shards.shard_cache import ShardCache
-from data_shards.shard_reader import SplitReader, read_dataset_manifest
+from data_shards.order.sampler import Sampler
+from data_shards.prepare import Prepared, prepare, write_tasks
+from data_shards.reading.shard_cache import ShardCache
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
 from launch import finetune
 from launch.quickstart_inputs import records, write_jsonl
 from tests.integration.conftest import Workshop
+from tests.support.checkpoints import trained_shapes, write_checkpoint
 from tests.support.command import RunFiles, run_here, write_config
 from tests.support.datasets import random_packs, write_dataset
 from tests.support.fault_proxy import FaultProxy
 from tests.support.object_store import CREDENTIALS, create_bucket, s3_server, s3_uri
+from tests.support.tiny import save_tiny_model
 from tests.support.tokenizers import chatml, stop_texts
+from trainer import export_writer
+from trainer.config import ModelConfig
+from trainer.export import ExportSource, export_full
 
 BUCKET = "baton"
 SEQ_LEN, ROWS, SHARD_TOKENS = 256, 600, 2_500
@@ -70,6 +77,73 @@ def test_preparing_to_a_failing_store_gives_the_same_bytes(
     lines: list[str] = []
     prepare(config, encoder, Storage.at(s3_uri(BUCKET, "prepared", proxy.port)), report=lines.append)
     assert any("already prepared" in line for line in lines)
+
+
+def test_bounded_writing_sends_one_part_at_a_time(proxy: FaultProxy) -> None:
+    """What is not sent yet is held; a writer that runs ahead would come to hold the whole file."""
+    location, parts = Storage.at(s3_uri(BUCKET, "bounded", proxy.port)), [bytes([value]) * 2**23 for value in range(5)]
+    proxy.faults.latency_s = 0.2
+    at_once = []
+    for storage in (location, location.bounded()):
+        proxy.faults.seen.clear()
+        storage.write("file", (part for part in parts))
+        at_once.append(proxy.faults.seen["at once"])
+        assert location.read("file") == b"".join(parts)
+    assert at_once[0] > 1 and at_once[1] == 1
+
+
+def test_export_to_a_failing_store_goes_on_and_gives_the_same_bytes(
+    proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_tiny_model(tmp_path / "base")
+    checkpoints = Storage.at(tmp_path / "checkpoints")
+    ref = write_checkpoint(checkpoints, trained_shapes(base), 3)
+    source = ExportSource(checkpoints, ref, base, ModelConfig(base=str(base)))
+    local, far = Storage.at(tmp_path / "local"), Storage.at(s3_uri(BUCKET, "exported/model", proxy.port))
+    export_full(source, local, torch.bfloat16, max_file_bytes=16_000)
+    write_parts, ended = export_writer.write_parts, []
+
+    def ends_at_the_third(target: Storage, path: str, *rest: Any) -> Any:
+        if path.startswith("model-00003-"):
+            ended.append(path)
+            raise KeyboardInterrupt
+        return write_parts(target, path, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(export_writer, "write_parts", ends_at_the_third)
+        export_full(source, far, torch.bfloat16, max_file_bytes=16_000)
+    lines: list[str] = []
+    proxy.faults.share_503 = 0.05
+    proxy.faults.die_for(1)
+    export_full(source, far, torch.bfloat16, max_file_bytes=16_000, report=lines.append)
+    assert ended and ": 2 of " in lines[0] and not far.uri.endswith("model"), lines
+    assert bytes_of(far) == bytes_of(local) and "config.json" in far.list()
+    assert proxy.faults.seen["503"] > 0 and proxy.faults.seen["dead"] > 0
+
+
+def test_another_job_finishes_the_same_dataset_first(proxy: FaultProxy, tmp_path: Path) -> None:
+    """A store has no lock: the other removes the receipts, and what it made is found."""
+    write_jsonl(tmp_path / "train.jsonl", records(40, seed=2))
+    config = DataConfig(train=str(tmp_path / "train.jsonl"), seq_len=384, processes=1)
+    tokenizer = chatml()
+    encoder = Encoder(tokenizer, config, stop_texts(tokenizer))
+    root = Storage.at(s3_uri(BUCKET, "raced", proxy.port))
+    first: list[Prepared] = []
+
+    def overtaken(*task: Any) -> None:
+        write_tasks(*task)
+        first.append(prepare(config, encoder, root))
+
+    found = prepare(config, encoder, root, write=overtaken)
+    assert found.manifest == first[0].manifest and not found.location.list("windows")
+
+    def vanishing(*task: Any) -> None:
+        write_tasks(*task)
+        task[3].delete_tree("windows")
+
+    other = Storage.at(s3_uri(BUCKET, "vanished", proxy.port))
+    with pytest.raises(FileNotFoundError):
+        prepare(config, encoder, other, write=vanishing)
 
 
 def test_reading_from_a_store_that_fails_is_slow_and_dies(proxy: FaultProxy, tmp_path: Path) -> None:

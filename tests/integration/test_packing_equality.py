@@ -36,7 +36,7 @@ def test_packed_equals_unpacked(tmp_path: Path, attention: str, family: str) -> 
     register()
     base = save_tiny_model(tmp_path, family)
     window = {"sliding_window": 5} if family == "mistral" else {}  # shorter than the sequences
-    packs = ragged_packs(4, seed=1).packs
+    packs = ragged_packs(4, seed=1).all
 
     def run(loss_of: Any, attention: str = attention) -> tuple[float, dict[str, torch.Tensor]]:
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation=attention, **window)

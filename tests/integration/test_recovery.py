@@ -68,7 +68,9 @@ def test_corrupt_checkpoints_are_named_and_left_out(workshop: Workshop) -> None:
     assert verify.code == 1 and f"BAD   {newest.name}" in verify.output
     again = run_here(finetune.main, "--config", str(config), "training.steps=16")
     assert again.code == 0, again.output
-    assert "CheckpointCorrupt" in again.output and "failed verification in this submission" in again.output
+    assert "CheckpointCorrupt" in again.output
+    assert f"checkpoint {newest.name} is not used: checkpoint {newest.name}: quarantined" in again.output
+    assert (newest / "quarantine.json").is_file() and victim.read_bytes() == damaged, "it is kept, for people"
     assert f"resuming from step {int(older.name[:8])}" in again.output
     assert files.result["step"] == 16
     for path in files.path.glob("checkpoints/*/manifest.json"):

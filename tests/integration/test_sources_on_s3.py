@@ -10,11 +10,11 @@ from urllib.parse import quote
 import pyarrow.fs as pafs
 import pytest
 
-from data_shards.batches import batches
 from data_shards.errors import DataError
-from data_shards.records import read_records
-from data_shards.source_config import SourceConfig
-from data_shards.sources import content_identity, resolve
+from data_shards.sources.batches import batches
+from data_shards.sources.config import SourceConfig
+from data_shards.sources.find import content_identity, resolve
+from data_shards.sources.records import read_records
 from tests.support.data_files import write_rows
 from tests.support.object_store import CREDENTIALS, create_bucket, s3_server, s3_uri
 

@@ -6,11 +6,11 @@ import numpy as np
 
 from data_shards.manifest import MANIFEST, DatasetManifest, SourceEntry, SplitEntry
 from data_shards.pack import Sequence
-from data_shards.packed_tokens import PackedTokens
-from data_shards.packing import Packs
-from data_shards.row_counts import write_counts
-from data_shards.shard_writer import write_shards
 from data_shards.storage import Storage
+from data_shards.writing.packed_tokens import PackedTokens
+from data_shards.writing.packing import Packs
+from data_shards.writing.row_counts import write_counts
+from data_shards.writing.shard_writer import write_shards
 
 
 def random_packs(num_rows: int, seq_len: int, seed: int = 0, *, full: bool = False) -> list[list[Sequence]]:

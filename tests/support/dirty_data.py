@@ -8,14 +8,14 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
-from data_shards.audit import AuditLimits, AuditPart, Dropped, merge
-from data_shards.audit_batch import TokenizerFacts
-from data_shards.audit_config import AuditConfig
-from data_shards.audit_kind import Kind
+from data_shards.audit.batch import TokenizerFacts
+from data_shards.audit.config import AuditConfig
+from data_shards.audit.kind import Kind
+from data_shards.audit.part import AuditLimits, AuditPart, Dropped, merge
 from data_shards.config import DataConfig
-from data_shards.encode import Encoded, Encoder
+from data_shards.encoding.encoder import Encoded, Encoder
 from data_shards.errors import DataError
-from data_shards.record import Record
+from data_shards.sources.record import Record
 from tests.support import tokenizers as families
 
 SEQ_LEN = 256

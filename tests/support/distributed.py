@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import signal
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -37,6 +38,7 @@ def _worker(
     threads: int,
     function: Callable[..., Any],
     args: tuple,
+    then_killed: bool,
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -57,15 +59,27 @@ def _worker(
         value = function(*args)
         # As bytes: a tensor put into a queue is shared memory, gone with the process that made it.
         results.put((rank, True, pickle.dumps(value)))
+        if then_killed:
+            results.close()
+            results.join_thread()  # it is on its way
+            os.kill(os.getpid(), signal.SIGKILL)
         dist.destroy_process_group()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
 
 
 def run_workers(
-    function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 240, threads: int = 1
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 240,
+    threads: int = 1,
+    then_killed: bool = False,
 ) -> list[Any]:
     """Results of ``function(*args)`` from every rank, in order. ``function`` must be importable (top level).
+
+    Args:
+        then_killed: each worker is killed as soon as it has told its result, whatever else it is doing.
 
     Raises AssertionError with the traceback of the first rank that failed.
     """
@@ -73,7 +87,9 @@ def run_workers(
     results = _context.Queue()
     port = free_port()
     workers = [
-        _context.Process(target=_worker, args=(results, rank, world_size, port, threads, function, args), daemon=True)
+        _context.Process(
+            target=_worker, args=(results, rank, world_size, port, threads, function, args, then_killed), daemon=True
+        )
         for rank in range(world_size)
     ]
     for worker in workers:
@@ -89,7 +105,20 @@ def run_workers(
             worker.join(timeout=10 if len(by_rank) == world_size else 0.1)
             if worker.is_alive():
                 worker.kill()
+    assert all(worker.exitcode == (-signal.SIGKILL if then_killed else 0) for worker in workers)
     return [by_rank[rank] for rank in range(world_size)]
+
+
+def start_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """One more fork of the pre-imported process, running, for a test to kill."""
+    process = _context.Process(target=function, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def new_queue() -> Any:
+    """For what such a process has to tell."""
+    return _context.Queue()
 
 
 @contextmanager

@@ -7,6 +7,8 @@ import random
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -26,7 +28,7 @@ class Faults:
     dead_until: float = 0.0
     """by time.monotonic: until then every connection is dropped unanswered"""
     seen: Counter[str] = field(default_factory=Counter)
-    """requests, and faults by kind"""
+    """requests, how many at once at most, and faults by kind"""
 
     def die_for(self, seconds: float) -> None:
         self.dead_until = time.monotonic() + seconds
@@ -38,6 +40,8 @@ class FaultProxy:
     def __init__(self, target_port: int, seed: int = 0) -> None:
         self.faults = Faults()
         self._random = random.Random(seed)
+        self._current = 0
+        self._counting = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(target_port))
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
@@ -51,15 +55,30 @@ class FaultProxy:
         self._server.shutdown()
         self._server.server_close()
 
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        with self._counting:
+            self._current += 1
+            self.faults.seen["requests"] += 1
+            self.faults.seen["at once"] = max(self.faults.seen["at once"], self._current)
+        try:
+            yield
+        finally:
+            with self._counting:
+                self._current -= 1
+
     def _handler(self, target_port: int) -> type[BaseHTTPRequestHandler]:
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
+            def _counted(self) -> None:
+                with proxy._counted():
+                    self._forward()
+
             def _forward(self) -> None:
                 faults, chance = proxy.faults, proxy._random
-                faults.seen["requests"] += 1
                 time.sleep(faults.latency_s)
                 if time.monotonic() < faults.dead_until:
                     faults.seen["dead"] += 1
@@ -87,7 +106,7 @@ class FaultProxy:
                 elif self.command != "HEAD":
                     self.wfile.write(content)
 
-            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _forward
+            do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _counted
 
             def log_message(self, *_: Any) -> None:
                 pass

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards import shard_reader
 from data_shards.errors import CorruptFile
-from data_shards.shard_reader import SplitReader, read_dataset_manifest
+from data_shards.reading import shard_reader
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
 from tests.support.datasets import random_packs, write_dataset
 
@@ -34,7 +34,7 @@ def make_dataset(folder: Path) -> Storage:
 def read_all(location: Storage) -> Content:
     """Every row, and a step's count checked against the rows, as training does."""
     reader = SplitReader(location, read_dataset_manifest(location), "train")
-    packs = [reader.pack(row) for row in range(reader.num_rows)]
+    packs = reader.packs(np.arange(reader.num_rows))
     trained = 0
     for pack in packs:
         firsts = np.cumsum(pack.sequence_lengths) - pack.sequence_lengths

@@ -9,7 +9,11 @@ import numpy as np
 import torch
 
 from data_shards.pack import Pack
+from data_shards.storage import Storage
+from trainer.checkpoint import CheckpointRef, directory_name, read_manifest
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
+from trainer.engine import ZeroEngine
+from trainer.saving import Saver
 
 VOCAB = 97
 
@@ -68,12 +72,15 @@ class MemoryPacks:
     """A PackSource over packs in memory."""
 
     def __init__(self, packs: list[Pack]) -> None:
-        self.packs = packs
+        self.all = packs
         self.num_rows = len(packs)
         self._trained = np.array([int(targets(pack).sum()) for pack in packs])
 
     def pack(self, row: int) -> Pack:
-        return self.packs[row]
+        return self.all[row]
+
+    def packs(self, rows: np.ndarray) -> list[Pack]:
+        return [self.all[row] for row in rows.tolist()]
 
     def num_trained(self, rows: np.ndarray) -> int:
         return int(self._trained[rows].sum())
@@ -97,3 +104,12 @@ def ragged_packs(num: int, *, seed: int = 0, longest: int = 24, barren: tuple[in
         trained[-1] = True
         packs.append(Pack(ids, trained & (row not in barren), lengths))
     return MemoryPacks(packs)
+
+
+def save_now(engine: ZeroEngine, checkpoints: Storage, draft: CheckpointManifest = DRAFT) -> CheckpointRef:
+    """A checkpoint of the engine as it is, on every rank."""
+    saver = Saver(engine, checkpoints, commit_timeout_s=60)
+    saver.begin(draft)
+    ended = saver.finish()
+    assert ended.error is None, ended.error
+    return read_manifest(checkpoints, directory_name(draft.progress.step, draft.attempt))

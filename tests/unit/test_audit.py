@@ -19,18 +19,18 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from data_shards import audit_state
-from data_shards.audit import AuditPart, Dropped, merge
-from data_shards.audit_batch import TokenizerFacts
-from data_shards.audit_config import AuditConfig
-from data_shards.audit_findings import Packing
-from data_shards.audit_kind import Kind
-from data_shards.audit_page import page, previews_of, token_texts
-from data_shards.audit_report import MAX_LINES, Report, at, check, from_bytes, lines, report_of, to_bytes
-from data_shards.encode import Encoded
+from data_shards.audit import state as audit_state
+from data_shards.audit.batch import TokenizerFacts
+from data_shards.audit.config import AuditConfig
+from data_shards.audit.findings import Packing
+from data_shards.audit.kind import Kind
+from data_shards.audit.page import page, previews_of, token_texts
+from data_shards.audit.part import AuditPart, Dropped, merge
+from data_shards.audit.report import MAX_LINES, Report, at, check, from_bytes, lines, report_of, to_bytes
+from data_shards.encoding.encoder import Encoded
 from data_shards.errors import CorruptFile, DataError
 from data_shards.pack import Sequence
-from data_shards.record import Record
+from data_shards.sources.record import Record
 from tests.support import dirty_data as dirty
 from tests.support import tokenizers as families
 

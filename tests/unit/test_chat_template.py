@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
-from data_shards.chat_template import ChatTemplate, fix_date
 from data_shards.config import DataConfig, TrainOn
-from data_shards.encode import Encoder, load_tokenizer, stop_tokens
+from data_shards.encoding.chat_template import ChatTemplate, fix_date
+from data_shards.encoding.encoder import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import DataError
 from data_shards.pack import Sequence
-from data_shards.records import Record
+from data_shards.sources.records import Record
 from tests.support import tokenizers as families
 
 Turns = tuple[tuple[str, str], ...]

@@ -46,12 +46,23 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
         ("optimizer.max_grad_norm=.inf", r"optimizer\.max_grad_norm: .*finite"),
         ("zero.offload_optimizer=cpu", r"zero\.offload_optimizer: unknown key"),
         ("optimizer.lr=[", r"not valid YAML"),
+        (
+            "checkpoint.commit_timeout_s=900",
+            r"=900 is too long.*collective_timeout_s=1800.*Lower the one",
+        ),
     ],
 )
 def test_bad_values_are_explained(tmp_path: Path, override: str, message: str) -> None:
     values = MINIMAL | {"optimizer": {"lr": 1e-4}}
     with pytest.raises(BadInput, match=message):
         load_config(write(tmp_path, values), [override])
+
+
+@pytest.mark.parametrize(("seq_len", "tokens"), [(2048, 4_000_000), (131_072, 128 * 131_072)])
+def test_a_shard_holds_enough_packs_to_be_full(tmp_path: Path, seq_len: int, tokens: int) -> None:
+    path = write(tmp_path, MINIMAL)
+    assert load_config(path, [f"data.seq_len={seq_len}"]).data.shard_tokens == tokens
+    assert load_config(path, [f"data.seq_len={seq_len}", "data.max_shard_tokens=7"]).data.shard_tokens == 7
 
 
 def test_numbers_without_a_dot_are_numbers(tmp_path: Path) -> None:

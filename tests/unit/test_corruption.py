@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_shards import shard_reader
 from data_shards.errors import CorruptFile
 from data_shards.manifest import MANIFEST, ShardEntry
-from data_shards.shard_file import ShardFile, map_file
-from data_shards.shard_reader import read_dataset_manifest
+from data_shards.reading import shard_reader
+from data_shards.reading.shard_file import ShardFile, map_file
+from data_shards.reading.shard_reader import read_dataset_manifest
 from data_shards.storage import Storage
 from tests.support.datasets import random_packs, write_dataset
 from tests.support.fuzz_dataset import flip_bytes, make_dataset
@@ -36,7 +36,7 @@ def test_no_flip_is_read_wrongly(tmp_path: Path) -> None:
 
 def test_the_fuzzer_notices_a_reader_that_trusts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     location = make_dataset(tmp_path)
-    monkeypatch.setattr("data_shards.storage.FileEntry.check_block", lambda *_: None)
+    monkeypatch.setattr("data_shards.hashed_file.FileEntry.check_digest", lambda *_: None)
     with pytest.raises(AssertionError, match=r"other rows were read|the counts are not"):
         flip_bytes(location, 200, seed=1)
 

@@ -13,8 +13,8 @@ import pyarrow as pa
 import xxhash
 
 from data_shards.manifest import MANIFEST, VERSION
-from data_shards.sampler import SAMPLER_VERSION, Sampler
-from data_shards.shard_reader import SplitReader, read_dataset_manifest
+from data_shards.order.sampler import SAMPLER_VERSION, Sampler
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
 from tests.support.datasets import random_packs, write_dataset
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.errors import DataError
-from data_shards.mixture import MIXTURE_VERSION, Mixture, block_length, largest_remainder, shares_of
-from data_shards.sampler import Order, Repeats, Sampler, SourceRows
+from data_shards.order.mixture import MIXTURE_VERSION, Mixture, block_length, largest_remainder, shares_of
+from data_shards.order.sampler import Order, Repeats, Sampler, SourceRows
 
 WEIGHTS = st.one_of(
     st.integers(1, 20).map(float),

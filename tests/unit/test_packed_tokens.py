@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_shards.pack import Sequence
-from data_shards.packed_tokens import PackedTokens
-from data_shards.packing import Packing, Piece, pack
-from data_shards.shard_writer import write_shards
 from data_shards.storage import Storage
+from data_shards.writing.packed_tokens import PackedTokens
+from data_shards.writing.packing import Packing, Piece, pack
+from data_shards.writing.shard_writer import write_shards
 
 CAPACITY = 12
 

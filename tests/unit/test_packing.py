@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from data_shards.bin_packing import best_fit_decreasing, exact_closing
-from data_shards.packing import Packing, Piece, best_fit, pack
+from data_shards.writing.bin_packing import best_fit_decreasing, exact_closing
+from data_shards.writing.packing import Packing, Piece, best_fit, pack
 
 
 @st.composite

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,15 @@ import pytest
 
 from data_shards import manifest as manifests
 from data_shards import signed_json
-from data_shards.audit_report import JSON_NAME, PAGE_NAME
+from data_shards.audit.report import JSON_NAME, PAGE_NAME
 from data_shards.config import DataConfig
-from data_shards.encode import Encoder, load_tokenizer
+from data_shards.encoding.encoder import Encoder, load_tokenizer
 from data_shards.errors import CorruptFile, DataError
 from data_shards.prepare import Prepared, prepare
-from data_shards.records import read_records
-from data_shards.shard_reader import SplitReader, read_dataset_manifest
-from data_shards.shard_writer import ROWS_PER_BATCH
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
+from data_shards.sources.records import read_records
 from data_shards.storage import Storage
+from data_shards.writing.shard_writer import ROWS_PER_BATCH
 from tests.support import tokenizers as families
 
 SEQ_LEN = 96
@@ -133,6 +134,18 @@ def test_trained_tokens_are_counted_pack_by_pack(train: str, tmp_path: Path) -> 
         assert 0 < counted == reader.num_trained(np.array([row]))
 
 
+def test_a_window_ends_before_it_overflows_a_shard(tmp_path: Path) -> None:
+    """Files of equal size, each a batch of its own: two fit, so each window is one shard of two files."""
+    for number in range(6):
+        write_records(tmp_path / f"{number}.jsonl", pairs(20))
+    one = run(config_of(str(tmp_path / "0.jsonl")), tmp_path / "one").manifest.splits["train"]
+    prepared = run(config_of(str(tmp_path / "*.jsonl"), max_shard_tokens=one.tokens * 5 // 2), tmp_path / "root")
+    reader, shards = reader_of(prepared), prepared.manifest.splits["train"].shards
+    bounds = np.cumsum([0, *(shard.rows for shard in shards)]).tolist()
+    tokens = [sum(len(p.input_ids) for p in reader.packs(np.arange(*ends))) for ends in pairwise(bounds)]
+    assert tokens == [2 * one.tokens] * 3
+
+
 def test_several_shards_of_bounded_size(train: str, tmp_path: Path) -> None:
     config = config_of(train, max_shard_tokens=5 * SEQ_LEN)
     prepared = run(config, tmp_path / "root")
@@ -144,7 +157,7 @@ def test_several_shards_of_bounded_size(train: str, tmp_path: Path) -> None:
     assert Counter(read_keys(prepared)) == Counter(encoded_keys(config))
     reader, row = reader_of(prepared), 0
     for shard in shards:
-        assert sum(len(reader.pack(row + i).input_ids) for i in range(shard.rows)) <= config.max_shard_tokens
+        assert sum(len(reader.pack(row + i).input_ids) for i in range(shard.rows)) <= config.shard_tokens
         row += shard.rows
     # A pack that is larger than a shard may be gets one for itself.
     prepared = run(config_of(train, max_shard_tokens=1), tmp_path / "root")

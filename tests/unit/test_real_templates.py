@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from data_shards.chat_template import ChatTemplate, Rendered, taught_turns
 from data_shards.config import DataConfig, TrainOn
+from data_shards.encoding.chat_template import ChatTemplate, Rendered, taught_turns
 from tests.unit.test_encode import ANSWER, ASKED, TOOLS, USER, calls, conversations, tool
 
 _TRL = importlib.util.find_spec("trl")

@@ -11,10 +11,10 @@ import pytest
 
 from data_shards.config import ColumnNames, RecordFormat
 from data_shards.errors import BadInput, DataError
-from data_shards.formats import shape_of
-from data_shards.records import Record, read_records
-from data_shards.source_batch import Row
-from data_shards.source_config import SourceConfig
+from data_shards.sources.batch import Row
+from data_shards.sources.config import SourceConfig
+from data_shards.sources.formats import shape_of
+from data_shards.sources.records import Record, read_records
 
 GOOD: dict[RecordFormat, dict[str, Any]] = {
     RecordFormat.MESSAGES: {"messages": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "Yes."}]},

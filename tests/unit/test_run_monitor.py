@@ -22,23 +22,28 @@ from cluster.config import MetricsConfig
 from cluster.local_processes import free_port
 from cluster.run_metrics import COUNTERS, FILE, DurableMetrics, Figures, RunMetrics, RunState
 from cluster.run_monitor import RunMonitor, wait_for_last_scrape_s
-from data_shards.storage import FileEntry, Storage
+from data_shards.hashed_file import FileEntry
+from data_shards.storage import Storage
 from tests.support.command import ROOT
 from tests.support.tiny import DRAFT
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
 from trainer.metrics import Report, Reporter, StepFigures
+from trainer.rank_file import RankFile
 
 Samples = dict[tuple[str, str], float]
 
 
 def at(step: int, **more: Any) -> Progress:
-    """After ``step`` steps of 6 rows, 600 tokens, 100 of them trained, and 0.5 s each."""
+    """After ``step`` steps of 6 rows, 600 tokens, 100 of them trained, and 0.5 s each; every fifth waits for a save."""
     work = {"rows_consumed": 6 * step, "tokens": 600 * step, "trained_tokens": 100 * step}
-    return Progress(step=step, **work, seconds={"optimizer": 0.5 * step}, last_loss=2.0, **more)
+    seconds = {"optimizer": 0.5 * step, "checkpoint": 0.25 * (step // 5)}
+    return Progress(step=step, **work, seconds=seconds, last_loss=2.0, **more)
 
 
 def manifest_of(step: int, size: int = 1000) -> CheckpointManifest:
-    return replace(DRAFT, world_size=1, progress=at(step), files=(FileEntry("rank-00000.safetensors", size, ()),))
+    return replace(
+        DRAFT, world_size=1, progress=at(step), files=(RankFile("rank-00000.safetensors", size, 32768, None),)
+    )
 
 
 class Sent(list[Report]):
@@ -105,7 +110,7 @@ def test_steps_lost_between_attempts_are_counted() -> None:
         "baton_checkpoint_bytes": 4000,
         "baton_checkpoint_seconds": 1.0,
     }
-    assert figures.step_seconds == {"optimizer": 23 * 0.5}
+    assert figures.step_seconds == {"optimizer": 23 * 0.5, "checkpoint": 1.0}
     assert figures.gauges["baton_step"] == figures.gauges["baton_checkpoint_step"] == 20
     assert figures.gauges["baton_world_size"] == 2 and figures.gauges["baton_last_checkpoint_seconds"] == 0.25
     assert "baton_eval_loss" not in figures.gauges, "nothing is shown that was never measured"

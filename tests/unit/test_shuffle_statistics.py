@@ -11,8 +11,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from data_shards import permutation
-from data_shards.permutation import mix64, permute, uniform
+from data_shards.order import permutation
+from data_shards.order.permutation import mix64, permute, uniform
 
 Permutations = Callable[[np.ndarray, int, int, np.ndarray], np.ndarray]
 """(places ``[n]``, number of rows, seed, epochs ``[E]``) to rows ``[E, n]``"""

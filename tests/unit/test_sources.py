@@ -21,14 +21,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_shards import line_batches
-from data_shards.batches import batches, rows
 from data_shards.errors import DataError
-from data_shards.records import Record, SourceCursor, read_records, source_batches
-from data_shards.source_batch import BATCH_BYTES, Batch, Row
-from data_shards.source_config import SourceConfig, parse_source
-from data_shards.source_files import SourceFile
-from data_shards.sources import content_identity, resolve
+from data_shards.sources import lines
+from data_shards.sources.batch import BATCH_BYTES, Batch, Row
+from data_shards.sources.batches import batches, rows
+from data_shards.sources.config import SourceConfig, parse_source
+from data_shards.sources.files import SourceFile
+from data_shards.sources.find import content_identity, resolve
+from data_shards.sources.records import Record, SourceCursor, read_records, source_batches
 from tests.support.data_files import bytes_of, write_bytes, write_rows
 
 TEXT_KINDS = ("jsonl", "json", "csv", "tsv")
@@ -124,9 +124,9 @@ def test_lines_are_those_of_the_file(tmp_path: Path) -> None:
         "c.json": (b'\xef\xbb\xbf{"text": "a"}\n\n{"text": "b"}', [1, 3]),
         "a.txt": (b"\xef\xbb\xbf\n one \r\n\n\ntwo\rstill two", [2, 5]),
     }
-    for name, (data, lines) in cases.items():
+    for name, (data, numbers) in cases.items():
         path = write_bytes(tmp_path / name, data)
-        assert [record.line for record in read_records(path)] == lines, name
+        assert [record.line for record in read_records(path)] == numbers, name
     texts = [record.text for record in read_records(str(tmp_path / "a.txt"))]
     assert texts == [" one ", "two\rstill two"]
     first = next(read_records(str(tmp_path / "a.csv")))
@@ -177,8 +177,8 @@ def test_how_much_a_read_gives_does_not_matter(tmp_path: Path, monkeypatch: pyte
     long = {"question": "x" * 3 * BATCH_BYTES, "answer": "y"}
     file = file_of(write_rows(tmp_path / "data.jsonl", [*numbered(700, 3000), long, *numbered(700, 3000)]))
     found = list(batches(file))
-    opened = line_batches.open_stream
-    monkeypatch.setattr(line_batches, "open_stream", lambda *place: _Trickle(opened(*place)))
+    opened = lines.open_stream
+    monkeypatch.setattr(lines, "open_stream", lambda *place: _Trickle(opened(*place)))
     assert len(found) > 4 and list(batches(file)) == found
 
 
@@ -193,8 +193,8 @@ def test_line_of_fifty_megabytes(name: str, tmp_path: Path) -> None:
 
 
 def test_endless_line_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("line_batches", "csv_batches", "json_array"):
-        monkeypatch.setattr(f"data_shards.{module}.MAX_RECORD_BYTES", 4 * BATCH_BYTES)
+    for module in ("lines", "csv_rows", "json_array"):
+        monkeypatch.setattr(f"data_shards.sources.{module}.MAX_RECORD_BYTES", 4 * BATCH_BYTES)
     cases = {
         "data.jsonl": (b'{"text": "' + b"x" * 6 * BATCH_BYTES, r"data\.jsonl: a line of more than 4 MiB"),
         "data.csv": (
@@ -444,7 +444,7 @@ def test_identity_is_of_the_content(tmp_path: Path) -> None:
 
 MEASURE = """
 import resource, sys
-from data_shards.records import read_records
+from data_shards.sources.records import read_records
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 count = sum(1 for _ in read_records(sys.argv[1]))
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)

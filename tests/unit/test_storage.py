@@ -9,7 +9,9 @@ import torch
 
 from data_shards import signed_json
 from data_shards.errors import BadInput, CorruptFile
-from data_shards.storage import BLOCK_BYTES, FileEntry, Storage, VerifiedReader
+from data_shards.hashed_file import BLOCK_BYTES, FileEntry
+from data_shards.storage import Storage
+from data_shards.verified_reader import VerifiedReader
 from trainer.tensor_files import TensorFile, TensorSpec, write_tensors
 
 

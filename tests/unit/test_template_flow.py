@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_shards.chat_template import ChatTemplate
 from data_shards.config import DataConfig
-from data_shards.template_flow import Flow, content_flow
+from data_shards.encoding.chat_template import ChatTemplate
+from data_shards.encoding.template_flow import Flow, content_flow
 from tests.support import tokenizers as families
 from tests.unit.test_real_templates import FOLDER
 

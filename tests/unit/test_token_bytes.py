@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from data_shards.chat_template import Rendered
-from data_shards.token_bytes import TokenBytes
+from data_shards.encoding.chat_template import Rendered
+from data_shards.encoding.token_bytes import TokenBytes
 from tests.support import tokenizers as families
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_shards.config import TooLong
+from data_shards.encoding.too_long import fit
 from data_shards.pack import Sequence
-from data_shards.too_long import fit
 
 
 def conversation(*runs: int) -> Sequence:

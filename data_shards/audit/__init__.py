@@ -1,0 +1,1 @@
+"""What is in the data: figures, findings, and how they are shown."""

@@ -1,0 +1,1 @@
+"""Which row comes when: pure functions with random access."""

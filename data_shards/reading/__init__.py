@@ -1,0 +1,1 @@
+"""Random access to the packs of a prepared dataset, on this machine or fetched from a store."""

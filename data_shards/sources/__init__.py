@@ -1,0 +1,1 @@
+"""Sources of records: files found, cut into batches, and read as records."""

@@ -1,0 +1,1 @@
+"""Sequences to packs, shards and the receipts that make preparing resumable."""

@@ -1,0 +1,80 @@
+"""Checkpoints as released formats wrote them, kept in ``tests/golden/``; every later Baton must read them.
+
+``python -m tests.support.golden FOLDER`` writes one in today's format. Never write over one that is there.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from data_shards.storage import Storage
+from tests.support.tiny import DRAFT
+from trainer import checkpoint
+from trainer.checkpoint_manifest import CheckpointManifest, ParameterEntry, Progress
+from trainer.slices import slice_bounds
+
+WORLD_SIZE = 3
+PARAMETERS = (
+    ParameterEntry("model.embed_tokens.weight", (11, 4)),
+    ParameterEntry("model.layers.0.mlp.up_proj.weight", (5, 7)),
+    ParameterEntry("model.norm.weight", (4,)),
+    ParameterEntry("model.layers.0.tiny.bias", (1,)),  # some ranks hold nothing of it
+)
+STATE_KEYS = ("exp_avg", "exp_avg_sq")
+PROGRESS = Progress(
+    step=42,
+    rows_consumed=252,
+    tokens=25_200,
+    trained_tokens=12_600,
+    seconds={"data": 0.5, "forward_backward": 8.25},
+    last_loss=1.25,
+    eval_loss=1.5,
+    first_eval_loss=3.75,
+    eval_step=40,
+)
+
+
+def golden_values(parameter: ParameterEntry, part: str) -> torch.Tensor:
+    """What the whole parameter's part holds: fp32 ``[numel]``."""
+    index, key = PARAMETERS.index(parameter), ("fp32", *STATE_KEYS).index(part)
+    return torch.arange(parameter.numel, dtype=torch.float32) * (index + 1) / 8 - key * 3
+
+
+def golden_manifest() -> CheckpointManifest:
+    """But for the files."""
+    return replace(
+        DRAFT,
+        attempt="a0123456789b",
+        created="2026-11-21T12:00:00Z",
+        world_size=WORLD_SIZE,
+        parameters=PARAMETERS,
+        optimizer={"name": "adamw", "step": 42, "state_keys": list(STATE_KEYS)},
+        progress=PROGRESS,
+        fingerprint="0123456789abcdef0123456789abcdef",
+        base="example/base@0123",
+        config={"training": {"method": "full"}},
+        versions={"python": "3.11.7", "torch": "2.13.0"},
+    )
+
+
+def write_golden(checkpoints: Storage) -> str:
+    """Returns the checkpoint's name."""
+    manifest = golden_manifest()
+    target = checkpoint.target_of(checkpoints, manifest)
+    for rank in range(WORLD_SIZE):
+        slices = {}
+        for parameter in PARAMETERS:
+            start, stop = slice_bounds(parameter.numel, rank, WORLD_SIZE)
+            for part in ("fp32", *STATE_KEYS):
+                if start < stop:
+                    slices[f"{parameter.name}/{part}"] = golden_values(parameter, part)[start:stop]
+        checkpoint.write_rank(target, rank, slices)
+    return checkpoint.commit(target, manifest).name
+
+
+if __name__ == "__main__":
+    print(write_golden(Storage.at(Path(sys.argv[1]).resolve())))

@@ -1,0 +1,60 @@
+"""What released formats wrote is read by this one, and what is newer is refused."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_shards import signed_json
+from data_shards.errors import CorruptFile
+from data_shards.storage import Storage
+from tests.support.golden import PARAMETERS, PROGRESS, STATE_KEYS, golden_values, write_golden
+from trainer import checkpoint
+from trainer.checkpoint_manifest import KIND, MANIFEST, VERSION
+from trainer.slices import slice_bounds
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("version", range(1, VERSION + 1))
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_every_released_version_is_read_at_any_size(version: int, world_size: int) -> None:
+    checkpoints = Storage.at(GOLDEN / f"version-{version}")
+    (ref,) = checkpoint.committed(checkpoints)
+    assert ref.manifest.parameters == PARAMETERS
+    read = asdict(ref.manifest.progress)
+    assert {key: read[key] for key in asdict(PROGRESS) if key != "eval_step"} == {
+        key: value for key, value in asdict(PROGRESS).items() if key != "eval_step"
+    }
+    assert ref.manifest.progress.eval_step == (None if version == 1 else PROGRESS.eval_step)
+    with checkpoint.SliceReader(checkpoints.child(ref.name), ref) as reader:
+        for parameter in PARAMETERS:
+            for part in ("fp32", *STATE_KEYS):
+                for rank in range(world_size):
+                    start, stop = slice_bounds(parameter.numel, rank, world_size)
+                    found = reader.read(parameter.name, part, parameter.numel, start, stop)
+                    assert torch.equal(found, golden_values(parameter, part)[start:stop])
+
+
+def test_todays_format_is_the_newest_golden_one(tmp_path: Path) -> None:
+    """Byte for byte: a change of the format needs a new version and a new golden checkpoint."""
+    name = write_golden(Storage.at(tmp_path))
+    golden = GOLDEN / f"version-{VERSION}" / name
+    files = sorted(path.relative_to(golden) for path in golden.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file())
+    for file in files:
+        assert (golden / file).read_bytes() == (tmp_path / name / file).read_bytes(), file
+
+
+def test_a_newer_version_is_refused(tmp_path: Path) -> None:
+    name = write_golden(Storage.at(tmp_path))
+    path = tmp_path / name / MANIFEST
+    body = signed_json.decode(path.read_bytes(), KIND, VERSION, "here")
+    path.write_bytes(signed_json.encode(body, KIND, VERSION + 1))
+    with pytest.raises(CorruptFile, match="use a newer Baton"):
+        checkpoint.read_manifest(Storage.at(tmp_path), name)
+    shutil.rmtree(tmp_path / name)

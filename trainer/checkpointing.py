@@ -1,0 +1,196 @@
+"""When saves begin, and what follows from how they end. All ranks decide alike: by what they told each other with the
+last step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trainer.checkpoint_manifest import CheckpointManifest, Progress
+from trainer.errors import DiskFull, SaveFailed
+from trainer.metrics import Reporter
+from trainer.progress_log import ProgressLog
+from trainer.room import Room
+from trainer.saving import Saved, Saver
+from trainer.step import Standing
+
+_MOST_FAILED_SAVES = 3
+"""In a row; then the attempt ends."""
+
+
+@dataclass
+class _Save:
+    """The last save that was begun."""
+
+    step: int
+    stall_seconds: float
+    failed: bool = False
+    """on any rank; all ranks know it at the same step"""
+    told: bool = False
+
+
+class Checkpointing:
+    """Looks after the saves of one attempt on one rank."""
+
+    def __init__(
+        self,
+        saver: Saver,
+        room: Room,
+        every_steps: int,
+        start_step: int,
+        draft: Callable[[Progress], CheckpointManifest],
+        log: ProgressLog,
+        reporter: Reporter,
+    ) -> None:
+        """
+        Args:
+            start_step: at which the attempt begins; it is saved already.
+            draft: what a checkpoint says beside its tensors, but for what the engine and its files add.
+        """
+        self.saver = saver
+        self.room = room
+        self._every_steps = every_steps
+        self._draft = draft
+        self._log = log
+        self._reporter = reporter
+        self._save: _Save | None = None
+        self._due = self._come_again = False
+        self._given_step: int | None = start_step
+        """whose state was last given to the saver, or was loaded"""
+        self._failed_in_a_row = 0
+
+    def standing(self) -> Standing:
+        """What this rank tells the others with a step."""
+        saver, room = self.saver, self.room
+        return Standing(
+            saving=saver.busy,
+            save_failed=saver.failed,
+            save_stuck=saver.stuck,
+            out_of_room=saver.out_of_room,
+            room_short=room.short,
+            room_exhausted=room.exhausted,
+        )
+
+    def look_after(self, progress: Progress, standing: Standing) -> None:
+        """After each step: tell how the save under way ended, if it has.
+
+        Raises SaveFailed where the storage hangs or too many saves in a row have failed.
+        """
+        if self._save is None:
+            return
+        if standing.save_failed and not self._save.failed:
+            self.saver.abandon()
+            self._save.failed = True
+            if standing.out_of_room:
+                self.room.deny()
+                self._due = self._come_again = True
+            else:
+                self._failed_in_a_row += 1
+        if (ended := self.saver.ended()) is not None:
+            self._tell(progress, self._save, ended)
+        if standing.save_stuck:
+            raise SaveFailed(self.saver.stuck_message())
+        if self._failed_in_a_row >= _MOST_FAILED_SAVES:
+            raise SaveFailed(f"{self._failed_in_a_row} saves in a row failed, the last that of step {self._save.step}")
+
+    def save_if_due(self, progress: Progress, standing: Standing) -> float:
+        """Begin a save; or leave it out while another is being written; or, where there is no room, have some made and
+        come again with the next step. Returns the seconds that training waited.
+
+        Raises DiskFull where there is no room and none can be made.
+        """
+        self._due |= progress.step % self._every_steps == 0
+        if self._come_again:  # ``standing`` is from before the room was found to be short
+            self._come_again = False
+            return 0.0
+        if not self._due:
+            return 0.0
+        if standing.saving and self._save is not None:
+            self._due = self._save.failed  # one that found no room is tried again once all have ended it
+            if not self._due:
+                self._log.say(
+                    f"the save of step {self._save.step} is still being written, so step {progress.step} is not "
+                    "saved; raise checkpoint.every_steps, or use faster storage"
+                )
+        elif standing.room_exhausted:
+            raise self._disk_full()
+        elif standing.room_short:
+            self.room.want()
+        else:
+            return self._begin(progress)
+        return 0.0
+
+    def save_at_end(self, progress: Progress) -> float:
+        """Finish what was begun, and save what is not saved. Collective. Returns the seconds that training waited.
+
+        Raises SaveFailed where the last save fails, DiskFull where there is no room for it and none can be made.
+        """
+        started = time.perf_counter()
+        self._finish(progress)
+        while self._given_step != progress.step:
+            self.saver.discard_last()  # before the collective: then no rank has begun anew
+            if self.saver.anywhere(self.room.short) and self.saver.anywhere(not self.room.make()):
+                raise self._disk_full()
+            self._begin(progress)
+            ended = self._finish(progress)
+            if ended is None or ended.error is None:
+                break
+            if not self.saver.anywhere(self.saver.out_of_room):
+                raise SaveFailed(f"step {ended.step} could not be saved: {ended.error}") from ended.error
+            self.room.deny()
+            self._given_step = None
+        self.saver.finish_retention()
+        self.close()
+        return time.perf_counter() - started
+
+    def close(self) -> None:
+        """When training ends, well or not. May be called again."""
+        self.room.close()
+        self.saver.close()
+        self._tell_retention()
+
+    def _begin(self, progress: Progress) -> float:
+        failed = self._save is not None and self._save.failed
+        if not failed:
+            self._failed_in_a_row = 0
+        started = time.perf_counter()
+        self.saver.begin(self._draft(progress), before=self._log.flushing(), discard_last=failed)
+        self._save = _Save(progress.step, time.perf_counter() - started)
+        self._due, self._given_step = False, progress.step
+        return self._save.stall_seconds
+
+    def _finish(self, progress: Progress) -> Saved | None:
+        """Wait for the last save. Collective. Returns how it ended; None where there was none."""
+        if self._save is None:
+            return None
+        started = time.perf_counter()
+        ended = self.saver.finish()
+        self._save.stall_seconds += time.perf_counter() - started
+        self._save.failed = ended.error is not None  # as on all ranks
+        self._tell(progress, self._save, ended)
+        return ended
+
+    def _tell(self, progress: Progress, save: _Save, ended: Saved) -> None:
+        self._tell_retention()
+        if save.told:
+            return
+        save.told = True
+        if ended.error is not None:
+            self._log.warn(f"rank {self.saver.rank}: the save of step {ended.step} failed: {ended.error}")
+        elif ended.ref is not None:
+            self._reporter.committed(progress, ended.ref.manifest, save.stall_seconds)
+            self._log.say(
+                f"committed step {ended.step}: {ended.seconds:.2f}s, of which training waited {save.stall_seconds:.2f}s"
+            )
+
+    def _tell_retention(self) -> None:
+        if (error := self.saver.take_retention_error()) is not None:
+            self._log.warn(f"old checkpoints could not be removed: {error}")
+
+    def _disk_full(self) -> DiskFull:
+        return DiskFull(
+            f"the disk of {self.saver.where} is full and nothing more may be removed; what was committed is intact. "
+            "Make room there, drop checkpoint.keep_every or checkpoint.keep_best, or move the run to a larger disk; "
+            "then give the same command again"
+        )

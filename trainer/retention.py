@@ -1,0 +1,85 @@
+"""Which checkpoints stay."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import StrEnum
+
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointRef
+from trainer.config import CheckpointConfig
+from trainer.run_directory import RunDirectory
+from trainer.survey import STRANGER, survey
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+class Sparing(StrEnum):
+    """How much is kept of what the configuration only keeps as a reserve."""
+
+    AS_CONFIGURED = "as configured"
+    NEWEST = "newest"
+    """of ``keep_last`` just one: the disk is full"""
+
+
+def kept(usable: Sequence[CheckpointRef], config: CheckpointConfig, sparing: Sparing) -> set[str]:
+    """Names of those that stay; the newest is always among them (pure).
+
+    Args:
+        usable: oldest first.
+    """
+    number = 1 if sparing == Sparing.NEWEST else config.keep_last
+    stay = {ref.name for ref in usable[-number:]}
+    if config.keep_every is not None:
+        stay |= {ref.name for ref in usable if ref.step % config.keep_every == 0}
+    scored = [ref for ref in usable if ref.manifest.progress.evaluated_here]
+    best = sorted(scored, key=lambda ref: (ref.manifest.progress.eval_loss, -ref.step))
+    return stay | {ref.name for ref in best[: config.keep_best]}
+
+
+def prune(
+    run: RunDirectory, config: CheckpointConfig, attempt: str, sparing: Sparing = Sparing.AS_CONFIGURED
+) -> list[str]:
+    """Remove checkpoints that need not stay, those that nobody may read, and what killed saves have left.
+
+    Quarantined ones stay for people to look at, damaged ones while their attempt counts, and so does what no attempt of
+    this run made. What ``attempt``, the caller's own, has not committed stays too, as a save may be under way; where
+    the caller has been superseded, nobody's. May be called on several threads: one waits for the other.
+
+    Returns:
+        Names of what was removed.
+
+    Raises OSError for the first that could not be removed, when all others are.
+    """
+    with _ONE_AT_A_TIME:
+        found = survey(run)
+        stay = kept(found.usable, config, sparing) | found.quarantined
+        doomed = [ref.name for ref in found.usable]
+        doomed += [name for name, limit in found.superseded.items() if limit != STRANGER]
+        if found.chain and found.chain[-1].attempt == attempt:
+            others = found.attempts.keys() - {attempt}
+            doomed += [name for name in found.unfinished if checkpoint.parse_name(name)[1] in others]
+        removed, failure = [], None
+        for name in doomed:
+            if name in stay:
+                continue
+            try:
+                _remove(run, name)
+                removed.append(name)
+            except OSError as error:
+                failure = failure or error
+    if failure is not None:
+        raise failure
+    return removed
+
+
+def _remove(run: RunDirectory, name: str) -> None:
+    """The manifest goes first, so that none is ever half there. What is gone already is no error."""
+    folder = run.checkpoints.child(name)
+    with suppress(FileNotFoundError):
+        if folder.exists(checkpoint.MANIFEST):
+            folder.delete_file(checkpoint.MANIFEST)
+    with suppress(FileNotFoundError):
+        run.checkpoints.delete_tree(name)

@@ -1,0 +1,178 @@
+"""Which of a run's checkpoints count, and why the others do not."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from data_shards.errors import BatonError, CorruptFile
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointRef
+from trainer.run_directory import AttemptStart, RunDirectory, Say, fences, lineage_of, read_json, utc_now, write_json
+
+QUARANTINE = "quarantine.json"
+"""Beside the manifest of a checkpoint that did not read back as written. It is kept, for people, and not used."""
+
+
+class NoUsableCheckpoint(BatonError):
+    """There are commits, and none of them can be read."""
+
+
+class Survey(NamedTuple):
+    """Every folder under ``checkpoints/``, by what it is."""
+
+    usable: list[CheckpointRef]
+    """oldest first"""
+    bad: dict[str, str]
+    """committed by an attempt that counts, but damaged or quarantined: by name, why"""
+    superseded: dict[str, int]
+    """committed too late by an attempt that had a successor: by name, the step at which that began; ``NOTHING`` where
+    nothing of that attempt counts, ``STRANGER`` where no attempt of the run is called so"""
+    unfinished: list[str]
+    """never committed, or half removed"""
+    quarantined: set[str]
+    attempts: dict[str, AttemptStart]
+    """all of the run, by id"""
+    chain: list[AttemptStart]
+    """those that count, oldest first"""
+
+
+NOTHING, STRANGER = -1, -2
+
+
+def survey(run: RunDirectory, excluded: Mapping[str, str] | None = None) -> Survey:
+    """Look at every checkpoint: its manifest, the sizes of its files, its place in the chain of attempts.
+
+    Args:
+        excluded: names that are known to be bad, with the reason.
+    """
+    names = run.checkpoints.list()  # before the attempts: whoever made one of these folders has begun
+    attempts = run.attempts()
+    chain = lineage_of(attempts)
+    limits: dict[str, int | None] = {**dict.fromkeys(attempts, NOTHING), **fences(chain)}
+    found = Survey([], {}, {}, [], set(), attempts, chain)
+    for name in names:
+        problem, ref = (excluded or {}).get(name, ""), None
+        try:
+            ref = checkpoint.read_manifest(run.checkpoints, name)
+            _check_name(ref)
+        except FileNotFoundError:
+            found.unfinished.append(name)
+            continue
+        except CorruptFile as error:
+            problem = str(error)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            problem = str(error)  # of this one; the others may be on better disks
+        if marked := _quarantined(run, name):
+            found.quarantined.add(name)
+            problem = marked
+        step, attempt = checkpoint.parse_name(name)
+        limit = limits.get(attempt, STRANGER)
+        if limit is not None and step > limit:
+            found.superseded[name] = limit
+        elif problem or ref is None:
+            found.bad[name] = problem
+        else:
+            found.usable.append(ref)
+    found.usable.sort(key=lambda ref: (ref.step, ref.name))
+    return found
+
+
+def _check_name(ref: CheckpointRef) -> None:
+    own = checkpoint.directory_name(ref.step, ref.manifest.attempt)
+    if ref.name != own:
+        raise CorruptFile(f"checkpoint {ref.name}: its manifest is that of {own}; somebody has copied it here")
+
+
+def _quarantined(run: RunDirectory, name: str) -> str:
+    """Why, or nothing. A marker that was cut off is one too."""
+    try:
+        marker = read_json(run.checkpoints.child(name), QUARANTINE)
+    except CorruptFile:
+        marker = {}
+    if marker is None:
+        return ""
+    return f"checkpoint {name}: quarantined {marker.get('at', '')}: {marker.get('reason', '')}"
+
+
+def lines_of(found: Survey) -> list[str]:
+    """What a person should know of those that are not used."""
+    bad = [f"checkpoint {name} is not used: {why}" for name, why in sorted(found.bad.items())]
+    late = [f"checkpoint {name} is ignored: {_why_late(limit)}" for name, limit in sorted(found.superseded.items())]
+    return bad + late
+
+
+def _why_late(limit: int) -> str:
+    if limit == STRANGER:
+        return "no attempt of this run made it"
+    if limit == NOTHING:
+        return "another launcher had taken the run from its attempt's"
+    return f"its attempt had been superseded at step {limit}"
+
+
+def usable_checkpoints(run: RunDirectory, say: Say = print) -> list[CheckpointRef]:
+    """Committed checkpoints that may be resumed from, oldest first; of the others ``say`` tells why not."""
+    found = survey(run)
+    for line in lines_of(found):
+        say(line)
+    return found.usable
+
+
+def newest_usable(
+    run: RunDirectory, say: Say = print, excluded: Mapping[str, str] | None = None
+) -> CheckpointRef | None:
+    """What to resume from; None where nothing was ever committed.
+
+    Raises NoUsableCheckpoint where something was, but none of it can be accepted: starting over silently would fence it
+    off for good.
+    """
+    before, found = run.lineage(), survey(run, excluded)
+    while found.chain != before:  # an attempt began after the folders were listed: its checkpoint may not be among them
+        before, found = found.chain, survey(run, excluded)
+    for line in lines_of(found):
+        say(line)
+    strangers = [name for name, limit in found.superseded.items() if limit == STRANGER]
+    had_some = any(start.start_step for start in found.chain)
+    if not found.usable and (found.bad or strangers or had_some):
+        named = ", ".join(sorted([*found.bad, *strangers])) or "they are gone"
+        raise NoUsableCheckpoint(
+            f"{run.storage.uri}: none of its committed checkpoints can be used ({named}; "
+            "the reasons are above). If the storage was away for a moment, run the same command again; `baton "
+            "checkpoints verify` reads them all and takes those that are good out of quarantine; to start over, choose "
+            "a new run.name"
+        )
+    return found.usable[-1] if found.usable else None
+
+
+def tip_and_newest(
+    run: RunDirectory, say: Say = print, excluded: Mapping[str, str] | None = None
+) -> tuple[AttemptStart | None, CheckpointRef | None]:
+    """The attempt and the commit to go on from, by one chain: looked up again where an attempt began since.
+
+    A start step beyond what its parent may commit would let in what the parent commits later. Raises as
+    ``newest_usable``.
+    """
+    before = run.lineage()
+    while True:
+        ref = newest_usable(run, say, excluded)
+        chain = run.lineage()
+        if chain == before:
+            return (chain[-1] if chain else None), ref
+        before = chain
+
+
+def quarantine(run: RunDirectory, name: str, reason: str) -> None:
+    """From now on nobody uses this checkpoint, and nobody removes it."""
+    write_json(run.checkpoints.child(name), QUARANTINE, {"reason": reason, "at": utc_now()})
+
+
+def release(run: RunDirectory, name: str) -> bool:
+    """Take a checkpoint that was verified out of quarantine. Returns whether it was there."""
+    folder = run.checkpoints.child(name)
+    if not folder.exists(QUARANTINE):
+        return False
+    folder.delete_file(QUARANTINE)
+    return True
