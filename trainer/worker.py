@@ -22,14 +22,22 @@ from trainer import checkpoint
 from trainer.base_identity import refuse_other_base
 from trainer.checkpoint import CheckpointRef
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
-from trainer.checkpointing import Checkpointing
-from trainer.config import STATE_KEYS, Method, TrainerConfig, TrainingConfig, WorkerSpec
+from trainer.checkpointing import Cadence, Checkpointing
+from trainer.config import (
+    STATE_KEYS,
+    CheckpointConfig,
+    Method,
+    TrainerConfig,
+    TrainingConfig,
+    WorkerSpec,
+)
 from trainer.deepspeed_config import deepspeed_config
 from trainer.deterministic import make_deterministic
 from trainer.disk_plan import checkpoint_bytes
 from trainer.engine import ZeroEngine, build_optimizer
 from trainer.errors import CheckpointCorrupt, ModelError
 from trainer.evaluation_worker import evaluate_model
+from trainer.fast_tier import FastTier, bring_together
 from trainer.loop import Loop, Outcome
 from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import build_trained_model, locate_base
@@ -81,20 +89,31 @@ def build_engine(spec: WorkerSpec) -> ZeroEngine:
     return ZeroEngine(model, build_optimizer(model, config.optimizer), zero)
 
 
-def restore(engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec, staging: Staging) -> CheckpointManifest | None:
-    """Load what the attempt begins with. Returns the manifest of the run's own checkpoint, if it continues from one.
+def find_resumed(run: RunDirectory, spec: WorkerSpec) -> CheckpointRef | None:
+    """The run's own checkpoint that the attempt continues from, within every rank's reach; before the model is built,
+    as the next attempt may have to take another one. Collective.
 
-    Raises ModelError where it was trained from another base.
+    Raises ModelError where it was trained from another base, CheckpointUnusable where it can't be read.
     """
-    if spec.resume_from is not None:
-        try:
-            ref = checkpoint.read_manifest(run.checkpoints, spec.resume_from)
-        except CorruptFile as error:  # since the driver looked
-            raise CheckpointCorrupt(spec.resume_from, str(error)) from error
-        _check_base(spec, ref)
-        checkpoint.load(engine, run.checkpoints, ref, staging)
-        return ref.manifest
-    if spec.init_from is not None:
+    if spec.resume_from is None:
+        return None
+    try:
+        ref = checkpoint.read_manifest(run.checkpoints, spec.resume_from)
+    except CorruptFile as error:  # since the driver looked
+        raise CheckpointCorrupt(spec.resume_from, str(error)) from error
+    _check_base(spec, ref)
+    if ref.manifest.fast:
+        bring_together(run.checkpoints, ref)
+    return ref
+
+
+def restore(
+    engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec, staging: Staging, resumed: CheckpointRef | None
+) -> None:
+    """Load what the attempt begins with."""
+    if resumed is not None:
+        checkpoint.load(engine, run.checkpoints, resumed, staging)
+    elif spec.init_from is not None:
         source, name = Storage.holding(spec.init_from)
         ref = checkpoint.read_manifest(source, name)
         if spec.trainer.training.method == Method.LORA:  # a full checkpoint takes the base's place altogether
@@ -103,7 +122,6 @@ def restore(engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec, staging: St
             checkpoint.load(engine, source, ref, staging, weights_only=True)
         except CheckpointCorrupt as error:  # not one of this run's, so nothing else can take its place
             raise ModelError(f"init_from={spec.init_from}: {error}; `baton checkpoints verify` tells more") from error
-    return None
 
 
 def _check_base(spec: WorkerSpec, ref: CheckpointRef) -> None:
@@ -172,6 +190,23 @@ def watched_room(
     return room
 
 
+def _cadence(config: CheckpointConfig, fast: FastTier | None) -> Cadence:
+    if config.fast is None or fast is None:
+        return Cadence(config.every_steps)
+    return Cadence(config.every_steps, config.fast.every_steps, fast.folder.uri)
+
+
+def _leave_fast_tier(fast: FastTier, run: RunDirectory, config: CheckpointConfig, attempt: str) -> None:
+    """The run has ended, and its last checkpoint is durable. Collective."""
+    try:
+        if dist.get_rank() == 0:
+            prune(run, config, attempt, Sparing.FINISHED)
+        dist.barrier()
+        fast.leave()
+    except OSError as error:
+        ProgressLog.warn(f"{fast.folder.uri} could not be cleared: {error}")
+
+
 def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     """Build everything for this rank and run the loop to its end."""
     config: TrainerConfig = spec.trainer
@@ -179,6 +214,8 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     if config.training.deterministic:
         make_deterministic()
     check_shared(run.attempt(spec.attempt), dist.get_rank(), dist.get_world_size())
+    fast = FastTier.open(config.checkpoint.fast.path, run) if config.checkpoint.fast else None
+    resumed = find_resumed(run, spec)
     engine = build_engine(spec)
     data = _open_data(spec)
     sampler = data.sampler
@@ -188,23 +225,24 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
         run.checkpoints,
         commit_timeout_s=config.checkpoint.commit_timeout_s,
         committed=partial(prune, run, config.checkpoint, spec.attempt),
+        clear_node=fast.clear if fast else lambda name: None,
     )
     num_states = len(STATE_KEYS[config.optimizer.name])
     saver.staging.reserve(engine.num_local_elements * (1 + num_states))
-    resumed = restore(engine, run, spec, saver.staging)
-    progress = resumed.progress if resumed else Progress()
+    restore(engine, run, spec, saver.staging, resumed)
+    progress = resumed.manifest.progress if resumed else Progress()
     log.say(
         f"training {sum(p.numel for p in engine.trained):,} parameters on {engine.world_size} workers "
         f"({engine.device.type}), from step {progress.step} of {sampler.num_steps}"
     )
     sink = metrics if engine.rank == 0 else NoMetrics()
     reporter = Reporter(sink, spec.attempt, progress, num_steps=sampler.num_steps, world_size=engine.world_size)
-    reporter.began(resumed)
+    reporter.began(resumed.manifest if resumed else None)
     stop = StopSignal(run, spec.attempt, watch=engine.rank == 0)
     room = watched_room(run, spec.attempt, config, engine, saver, log) if engine.rank == 0 else EndlessRoom()
-    checkpointing = Checkpointing(
-        saver, room, config.checkpoint.every_steps, progress.step, partial(draft, spec), log, reporter
-    )
+    saved_step = None if resumed and resumed.manifest.fast else progress.step
+    cadence = _cadence(config.checkpoint, fast)
+    checkpointing = Checkpointing(saver, room, cadence, saved_step, partial(draft, spec), log, reporter)
     loop = Loop(
         engine,
         config,
@@ -222,6 +260,8 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     finally:
         stop.close()
         checkpointing.close()
+    if fast and outcome == Outcome.FINISHED:
+        _leave_fast_tier(fast, run, config.checkpoint, spec.attempt)
     if engine.rank == 0:
         end = {"outcome": outcome.value, "at": utc_now(), "progress": asdict(loop.progress)}
         write_json(run.attempt(spec.attempt), "end.json", end)
