@@ -22,8 +22,8 @@ import torch
 from data_shards.errors import BadInput
 from data_shards.order.sampler import Sampler
 from data_shards.storage import Storage
-from tests.integration.test_exactness import ADAMW, make_engine
 from tests.support.distributed import run_workers
+from tests.support.engines import ADAMW, make_engine
 from tests.support.tiny import DRAFT, MemoryPacks, ragged_packs, save_now, save_tiny_model
 from trainer import checkpoint
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
