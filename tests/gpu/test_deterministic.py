@@ -10,7 +10,7 @@ import torch
 
 from data_shards.storage import Storage
 from tests.gpu.test_step import PACKS, rows, train
-from tests.integration.test_exactness import ADAMW, make_engine
+from tests.support.engines import ADAMW, make_engine
 from tests.support.gpu import needs_device
 from tests.support.tiny import DRAFT, save_now
 from trainer import checkpoint

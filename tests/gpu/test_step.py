@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.integration.test_exactness import SGD, make_engine
+from tests.support.engines import SGD, make_engine
 from tests.support.gpu import DEVICE, needs_device
 from tests.support.plain_loop import PlainRun, plain_run
 from tests.support.tiny import MemoryPacks, ragged_packs

@@ -12,8 +12,8 @@ import torch
 
 from data_shards.order.sampler import Sampler
 from data_shards.storage import Storage
-from tests.integration.test_exactness import ADAMW, full_weights, make_engine
 from tests.support.distributed import run_workers
+from tests.support.engines import ADAMW, full_weights, make_engine
 from tests.support.plain_loop import plain_run
 from tests.support.tiny import DRAFT, ragged_packs, save_now, save_tiny_model
 from trainer import checkpoint

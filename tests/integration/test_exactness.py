@@ -11,30 +11,18 @@ import torch
 
 from data_shards.order.sampler import Sampler
 from tests.support.distributed import run_workers
+from tests.support.engines import ADAMW, SGD, full_weights, make_engine
 from tests.support.plain_loop import PlainRun, plain_run
 from tests.support.tiny import MemoryPacks, ragged_packs, save_tiny_model
-from trainer.config import (
-    LoraConfig,
-    Method,
-    ModelConfig,
-    OptimizerConfig,
-    OptimizerName,
-    Precision,
-    Schedule,
-    ZeroConfig,
-)
-from trainer.deepspeed_config import deepspeed_config
-from trainer.engine import ZeroEngine, build_optimizer
+from trainer.config import Method, OptimizerConfig, OptimizerName, Precision
+from trainer.engine import ZeroEngine
 from trainer.evaluate import evaluate
 from trainer.loss import token_loss_sum
-from trainer.model import build_trained_model
 from trainer.schedule import learning_rate
 from trainer.step import StepResult, train_step
 
 Run = tuple[list[StepResult], dict[str, torch.Tensor]]
 STEPS = 30
-ADAMW = OptimizerConfig(lr=1e-3, weight_decay=0.1, max_grad_norm=0.5, schedule=Schedule.CONSTANT)
-SGD = OptimizerConfig(name=OptimizerName.SGD, lr=0.05, max_grad_norm=0.0, schedule=Schedule.CONSTANT)
 PACKS: MemoryPacks = ragged_packs(23, barren=(3, 4, 11, 12))
 SAMPLER = Sampler(num_rows=23, seed=7, global_batch=5, total_rows=5 * STEPS - 3)
 
@@ -64,37 +52,6 @@ class AccumulationScaled(ZeroEngine):
         loss_sum = token_loss_sum(self._engine, batch)
         self._engine.backward(loss_sum * (self.world_size / global_trained_tokens), scale_wrt_gas=True)
         return loss_sum.detach()
-
-
-def make_engine(
-    base: str,
-    optimizer: OptimizerConfig,
-    kind: type[ZeroEngine] = ZeroEngine,
-    method: Method = Method.FULL,
-    precision: Precision = Precision.FP32,
-    **model_options: Any,
-) -> ZeroEngine:
-    config = deepspeed_config(precision, optimizer.max_grad_norm, ZeroConfig(param_persistence_threshold=50))
-    model = build_trained_model(
-        Path(base),
-        ModelConfig(base=base, precision=precision, **model_options),
-        method,
-        LoraConfig(rank=4),
-        config,
-        seed=0,
-    )
-    return kind(model, build_optimizer(model, optimizer), config)
-
-
-def full_weights(engine: ZeroEngine) -> dict[str, torch.Tensor]:
-    """Whole parameters from the ranks' slices, on every rank."""
-    import deepspeed
-
-    weights = {}
-    for entry in engine.trained:
-        with deepspeed.zero.GatheredParameters(entry.parameter):
-            weights[entry.name] = entry.parameter.detach().clone()
-    return weights
 
 
 def train(engine: ZeroEngine, optimizer: OptimizerConfig, micro_batch: int, steps: int) -> list[StepResult]:

@@ -11,9 +11,9 @@ import torch
 
 from data_shards.pack import Pack
 from data_shards.storage import Storage
-from tests.integration.test_exactness import ADAMW, make_engine
 from tests.support.checkpoints import trained_shapes, write_checkpoint
 from tests.support.distributed import run_workers
+from tests.support.engines import ADAMW, make_engine
 from tests.support.tiny import DRAFT, ragged_packs, save_now, save_tiny_model, tiny_config
 from trainer import checkpoint
 from trainer.batch import collate

@@ -3,85 +3,43 @@
 from __future__ import annotations
 
 import errno
-import json
-import os
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from data_shards.errors import BadInput
 from data_shards.order.sampler import Sampler
 from data_shards.storage import Storage
-from tests.integration.test_exactness import ADAMW, make_engine
 from tests.support.distributed import run_workers
-from tests.support.tiny import DRAFT, MemoryPacks, ragged_packs, save_now, save_tiny_model
+from tests.support.engines import ADAMW, make_engine
+from tests.support.saving_loop import (
+    PACKS,
+    FailingDisk,
+    Setting,
+    committed_steps,
+    draft_of,
+    looped,
+    recorded_steps,
+    saver_of,
+)
+from tests.support.tiny import save_now, save_tiny_model
 from trainer import checkpoint
-from trainer.checkpoint_manifest import CheckpointManifest, Progress
-from trainer.checkpointing import Cadence, Checkpointing
-from trainer.config import STATE_KEYS, TrainerConfig
+from trainer.checkpoint_manifest import Progress
 from trainer.engine import ZeroEngine
-from trainer.loop import Loop, Outcome
-from trainer.metrics import NoMetrics, Reporter
-from trainer.progress_log import ProgressLog
-from trainer.retention import prune
-from trainer.room import EndlessRoom
-from trainer.run_directory import AttemptStart, RunDirectory, write_json
-from trainer.saving import SaveFailed, Saver
+from trainer.loop import Outcome
+from trainer.saving import SaveFailed
 from trainer.shared_storage import check_shared
 from trainer.step import train_step
-from trainer.worker import watched_room
 
-PACKS = ragged_packs(19, seed=3)
 ROOM_BESIDE = 100_000
 """Bytes for step records, and for what a save is taken to need beside its elements: together with half a checkpoint
 more than that, and yet less than a whole one, so that no save fits that should not."""
-
-
-class Packs(MemoryPacks):
-    def prefetch(self, rows: np.ndarray) -> None:
-        """They are there."""
-
-
-class FailingDisk:
-    """Stands in for ``write_tensors`` in this process: fails at some steps, or waits until it is let go on."""
-
-    def __init__(
-        self, *, fails_at: tuple[int, ...] = (), held: threading.Event | None = None, errno: int = errno.EIO
-    ) -> None:
-        self.fails_at, self.held, self.errno, self.fired = fails_at, held, errno, 0
-        self._write = checkpoint.write_tensors
-        checkpoint.write_tensors = self  # type: ignore[assignment]
-
-    def __call__(self, target: Storage, *args: Any, **options: Any) -> Any:
-        step = int(target.uri.rsplit("/", 1)[-1].split("-")[0])
-        if self.held is not None:
-            assert self.held.wait(60)
-        if step in self.fails_at:
-            self.fired += 1
-            raise OSError(self.errno, os.strerror(self.errno), target.uri)
-        return self._write(target, *args, **options)
-
-
-def draft_of(progress: Progress) -> CheckpointManifest:
-    return replace(DRAFT, progress=progress)
-
-
-def saver_of(
-    engine: ZeroEngine, root: str, commit_timeout_s: float = 60, committed: Callable[[], object] = lambda: None
-) -> Saver:
-    saver = Saver(engine, Storage.at(root), commit_timeout_s=commit_timeout_s, committed=committed)
-    saver.staging.reserve(engine.num_local_elements * (1 + len(STATE_KEYS[ADAMW.name])))
-    return saver
 
 
 def steps(engine: ZeroEngine, start: int, stop: int) -> None:
@@ -97,7 +55,7 @@ def save_behind_training(base: str, behind: str, at_once: str) -> tuple[int, flo
     steps(engine, 0, 2)
     save_now(engine, Storage.at(at_once), draft_of(Progress(step=2)))
     FailingDisk(held=let_go)
-    saver = saver_of(engine, behind)
+    saver = saver_of(engine, Storage.at(behind))
     reserved = saver.staging.nbytes
     saver.begin(draft_of(Progress(step=2)))
     steps(engine, 2, 5)
@@ -131,7 +89,7 @@ def failing_part(base: str, root: str) -> tuple[str, int]:
     engine = make_engine(base, ADAMW)
     steps(engine, 0, 1)
     disk = FailingDisk(fails_at=(1,) if engine.rank == 1 else ())
-    saver = saver_of(engine, root, commit_timeout_s=600)
+    saver = saver_of(engine, Storage.at(root), commit_timeout_s=600)
     saver.begin(draft_of(Progress(step=1)))
     return str(saver.finish().error), disk.fired
 
@@ -150,7 +108,7 @@ def hung_storage(base: str, root: str) -> tuple[str, float]:
     steps(engine, 0, 1)
     if engine.rank == 1:
         FailingDisk(held=threading.Event())
-    saver = saver_of(engine, root, commit_timeout_s=1)
+    saver = saver_of(engine, Storage.at(root), commit_timeout_s=1)
     saver.begin(draft_of(Progress(step=1)))
     started = time.monotonic()
     with pytest.raises(SaveFailed) as caught:
@@ -167,7 +125,7 @@ def lost_receipt(base: str, root: str) -> str:
     """Each rank writes to a disk of its own."""
     engine = make_engine(base, ADAMW)
     steps(engine, 0, 1)
-    saver = saver_of(engine, f"{root}/{engine.rank}", commit_timeout_s=0.5)
+    saver = saver_of(engine, Storage.at(f"{root}/{engine.rank}"), commit_timeout_s=0.5)
     saver.begin(draft_of(Progress(step=1)))
     return str(saver.finish().error)
 
@@ -182,108 +140,40 @@ def no_retention() -> None:
     raise PermissionError(13, "Permission denied")
 
 
-def looped(
-    base: str,
-    root: str,
-    disk: dict[str, Any],
-    held_until: int | None = None,
-    retention: Any = None,
-    saves: dict[str, Any] | None = None,
-) -> tuple[str, int, int, list[str]]:
-    """A loop of 24 steps that saves every fourth; rank 1's disk fails as ``disk`` says, or is held until a step."""
-    engine, let_go = make_engine(base, ADAMW), threading.Event()
-    warned: list[str] = []
-    ProgressLog.warn = staticmethod(warned.append)  # type: ignore[assignment]
-    mine = engine.rank == 1
-    failing = FailingDisk(**disk if mine else {}, held=let_go if mine and held_until else None)
-    config = TrainerConfig.model_validate(
-        {
-            "model": {"base": base},
-            "training": {"steps": 24, "global_batch": 6, "micro_batch": 2},
-            "optimizer": ADAMW.model_dump(),
-            "checkpoint": {"every_steps": 4, "keep_last": 100, **(saves or {})},
-            "seed": 5,
-        }
-    )
-    run = RunDirectory.at(root)
-    if engine.rank == 0:
-        write_json(run.attempt("a1"), "start.json", asdict(AttemptStart("a1", None, 1, 0, "", None)))
-    torch.distributed.barrier()
-    loop: Loop
-    saver = saver_of(engine, f"{root}/checkpoints", committed=retention or partial(prune, run, config.checkpoint, "a1"))
-    log = ProgressLog(run.attempt("a1"), 24, 8, enabled=engine.rank == 0)
-    room = watched_room(run, "a1", config, engine, saver, log) if engine.rank == 0 else EndlessRoom()
-    reporter = Reporter(NoMetrics(), "a1", Progress(), num_steps=24, world_size=2)
-
-    def stop_wanted() -> bool:  # called before each step
-        if held_until is not None and loop.progress.step >= held_until:
-            let_go.set()
-        wait_until = time.monotonic() + 0.5  # tiny steps are faster than a file system
-        while held_until is None and saver.busy and time.monotonic() < wait_until:
-            time.sleep(0.005)
-        return False
-
-    loop = Loop(
-        engine,
-        config,
-        Sampler(num_rows=19, seed=5, global_batch=6, total_rows=144),
-        Packs(PACKS.all),  # type: ignore[arg-type]
-        None,
-        Progress(),
-        Checkpointing(saver, room, Cadence(4), 0, draft_of, log, reporter),
-        stop_wanted,
-        log,
-        reporter,
-    )
-    try:
-        return str(loop.run()), loop.progress.step, failing.fired, warned
-    except SaveFailed as error:
-        return str(error), loop.progress.step, failing.fired, warned
-
-
-def committed_steps(root: Path) -> list[int]:
-    return [ref.step for ref in checkpoint.committed(Storage.at(root / "checkpoints"))]
-
-
 def test_training_goes_on_after_a_failed_save(tiny: str, tmp_path: Path) -> None:
-    results = run_workers(looped, 2, tiny, str(tmp_path), {"fails_at": (4, 12, 16)})
-    assert [outcome for outcome, *_ in results] == [Outcome.FINISHED] * 2 and results[1][2] == 3
+    results = run_workers(looped, 2, tiny, str(tmp_path), Setting(disk={"fails_at": (4, 12, 16)}))
+    assert [outcome for outcome, *_ in results] == [Outcome.FINISHED] * 2 and results[1].fired == 3
     assert committed_steps(tmp_path) == [8, 20, 24]
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["00000008-a1", "00000020-a1", "00000024-a1"], "nothing is left of those that failed"
     assert recorded_steps(tmp_path) == list(range(1, 25))
 
 
-def recorded_steps(root: Path) -> list[int]:
-    files = sorted(root.glob("attempts/a1/steps/*.jsonl"))
-    return [json.loads(line)["step"] for file in files for line in file.read_text().splitlines()]
-
-
 def test_retention_that_fails_costs_no_save(tiny: str, tmp_path: Path) -> None:
-    results = run_workers(looped, 2, tiny, str(tmp_path), {}, None, no_retention)
+    results = run_workers(looped, 2, tiny, str(tmp_path), Setting(retention=no_retention))
     assert [outcome for outcome, *_ in results] == [Outcome.FINISHED] * 2
     assert committed_steps(tmp_path) == [4, 8, 12, 16, 20, 24]
-    assert len(results[0][3]) == 6 and "old checkpoints could not be removed: [Errno 13]" in results[0][3][0]
+    assert len(results[0].warned) == 6 and "old checkpoints could not be removed: [Errno 13]" in results[0].warned[0]
 
 
 def test_three_failures_in_a_row_end_the_attempt_on_all_ranks(tiny: str, tmp_path: Path) -> None:
-    (zero, step, *_), (one, same_step, fired, _) = run_workers(
-        looped, 2, tiny, str(tmp_path), {"fails_at": (8, 12, 16)}
+    (zero, step, *_), (one, same_step, fired, *_) = run_workers(
+        looped, 2, tiny, str(tmp_path), Setting(disk={"fails_at": (8, 12, 16)})
     )
     assert "3 saves in a row failed, the last that of step 16" in zero and zero == one
     assert step == same_step and fired == 3 and committed_steps(tmp_path) == [4]
 
 
 def test_the_last_save_must_succeed(tiny: str, tmp_path: Path) -> None:
-    results = run_workers(looped, 2, tiny, str(tmp_path), {"fails_at": (20, 24)})
-    assert all("step 24 could not be saved" in outcome for outcome, *_ in results) and results[1][2] == 2
+    results = run_workers(looped, 2, tiny, str(tmp_path), Setting(disk={"fails_at": (20, 24)}))
+    assert all("step 24 could not be saved" in outcome for outcome, *_ in results) and results[1].fired == 2
     assert committed_steps(tmp_path) == [4, 8, 12, 16]
     assert not (tmp_path / "checkpoints" / "00000020-a1").exists(), "removed before the next save"
 
 
 def test_a_save_that_is_due_too_early_is_left_out(tiny: str, tmp_path: Path) -> None:
     """Step 4's save takes until step 14, so 8 and 12 are not saved, and nothing queues up."""
-    results = run_workers(looped, 2, tiny, str(tmp_path), {}, 14)
+    results = run_workers(looped, 2, tiny, str(tmp_path), Setting(held_until=14))
     assert [outcome for outcome, *_ in results] == [Outcome.FINISHED] * 2
     found = committed_steps(tmp_path)
     assert found[0] == 4 and found[-1] == 24 and not {8, 12} & set(found)
@@ -295,7 +185,7 @@ def cut_short(base: str, root: str) -> bool:
     steps(engine, 0, 1)
     let_go = threading.Event()
     FailingDisk(held=let_go)
-    saver = saver_of(engine, root)
+    saver = saver_of(engine, Storage.at(root))
     saver.begin(draft_of(Progress(step=1)))
     threading.Timer(0.5, let_go.set).start()
     saver.close()
@@ -326,17 +216,17 @@ def disk_of(folder: Path, size_bytes: int) -> Iterator[Path]:
 def saved_bytes(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> int:
     """On disk, of one checkpoint."""
     root = tmp_path_factory.mktemp("one")
-    run_workers(looped, 2, tiny, str(root), {})
+    run_workers(looped, 2, tiny, str(root), Setting())
     return sum(path.stat().st_blocks * 512 for path in (root / "checkpoints" / "00000024-a1").rglob("*"))
 
 
 def test_on_a_full_disk_the_reserve_makes_room(tiny: str, tmp_path: Path, saved_bytes: int) -> None:
     """Room for two checkpoints and a half where three are to be kept."""
     with disk_of(tmp_path / "disk", saved_bytes * 5 // 2 + ROOM_BESIDE) as root:
-        results = run_workers(looped, 2, tiny, str(root), {}, None, None, {"keep_last": 3})
+        results = run_workers(looped, 2, tiny, str(root), Setting(saves={"keep_last": 3}))
         assert [outcome for outcome, *_ in results] == [Outcome.FINISHED] * 2
-        made_room = [line for line in results[0][3] if "the disk is full: removed 000000" in line]
-        assert made_room, results[0][3]
+        made_room = [line for line in results[0].warned if "the disk is full: removed 000000" in line]
+        assert made_room, results[0].warned  # how often: steps are faster than the look at the disk
         assert committed_steps(root)[-1] == 24 and len(committed_steps(root)) == 2
         for ref in checkpoint.committed(Storage.at(root / "checkpoints")):
             checkpoint.verify(Storage.at(root / "checkpoints"), ref.name)
@@ -347,7 +237,7 @@ def test_where_nothing_may_be_removed_the_attempt_ends_and_nothing_is_lost(
 ) -> None:
     with disk_of(tmp_path / "disk", saved_bytes * 3 // 2 + ROOM_BESIDE) as root:
         (zero, step, *_), (one, same_step, *_) = run_workers(
-            looped, 2, tiny, str(root), {}, None, None, {"keep_last": 3}
+            looped, 2, tiny, str(root), Setting(saves={"keep_last": 3})
         )
         assert "is full and nothing more may be removed" in zero and zero == one
         assert 8 <= step == same_step < 24 and committed_steps(root) == [4]
@@ -358,17 +248,17 @@ def test_where_nothing_may_be_removed_the_attempt_ends_and_nothing_is_lost(
 def test_a_quota_that_only_a_write_tells_of(tiny: str, tmp_path: Path) -> None:
     """Free space is shown, yet a write is refused: the reserve goes, and the next step is saved instead."""
     disk = {"fails_at": (12,), "errno": errno.EDQUOT}
-    results = run_workers(looped, 2, tiny, str(tmp_path), disk, None, None, {"keep_last": 2})
-    assert [outcome for outcome, *_ in results] == [Outcome.FINISHED] * 2 and results[1][2] == 1
-    assert any("removed 00000004-a1 to make room" in line for line in results[0][3])
+    results = run_workers(looped, 2, tiny, str(tmp_path), Setting(disk=disk, saves={"keep_last": 2}))
+    assert [outcome for outcome, *_ in results] == [Outcome.FINISHED] * 2 and results[1].fired == 1
+    assert any("removed 00000004-a1 to make room" in line for line in results[0].warned)
     recorded = recorded_steps(tmp_path)
     assert recorded == list(range(1, 25)) and committed_steps(tmp_path)[-1] == 24
 
 
 def test_a_quota_that_nothing_can_relieve(tiny: str, tmp_path: Path) -> None:
     disk = {"fails_at": tuple(range(5, 25)), "errno": errno.ENOSPC}
-    results = run_workers(looped, 2, tiny, str(tmp_path), disk, None, None, {"keep_last": 2})
-    assert all("nothing more may be removed" in outcome for outcome, *_ in results) and results[1][2] == 1
+    results = run_workers(looped, 2, tiny, str(tmp_path), Setting(disk=disk, saves={"keep_last": 2}))
+    assert all("nothing more may be removed" in outcome for outcome, *_ in results) and results[1].fired == 1
     assert committed_steps(tmp_path) == [4]
 
 
