@@ -26,7 +26,8 @@ from trainer.config import Method, WorkerSpec
 from trainer.model import locate_base, max_positions, model_config
 from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
 from trainer.survey import durable_checkpoints, newest_usable
-from trainer.worker import total_rows, versions
+from trainer.versions import versions
+from trainer.worker import total_rows
 
 _BASE_KEY = "model.base"
 _BATCH_KEY = "training.global_batch"

@@ -227,7 +227,7 @@ class SliceReader:
                     target = into[found.offset : found.offset + found.stop - found.start]
                     piece = self._file(found.source_rank).piece(f"{name}/{part}", found.start, target)
                     pieces.setdefault(found.source_rank, []).append(piece)
-            jobs = [(self._file(rank).bytes, span) for rank, some in pieces.items() for span in by_span(some)]
+            jobs = [(self._file(rank).verified, span) for rank, some in pieces.items() for span in by_span(some)]
             for _ in self._pool.map(lambda job: job[0].read_span(job[1]), jobs):
                 pass
         except CorruptFile as error:

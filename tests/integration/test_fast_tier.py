@@ -193,3 +193,16 @@ def test_a_path_that_can_not_be_written_is_refused(workshop: Workshop, tmp_path:
     config = write_config(workshop.data, values_of(workshop, tmp_path / "file" / "disk", every=10), "fast-nowhere")
     refused = run_here(finetune.main, "--config", str(config))
     assert refused.code == 2 and "checkpoint.fast.path=" in refused.output, refused.output
+
+
+def test_a_disk_that_is_full_costs_the_fast_tier_alone(
+    workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]
+) -> None:
+    with disk_of(tmp_path / "nvme", 1_000_000) as disk:  # a rank file has 4 MB
+        values = values_of(workshop, disk, every=8, fast_every=4, steps=17)
+        config = write_config(workshop.data, values, "fast-full")
+        command = run("finetune", "--config", str(config))
+    assert command.process.returncode == 0, command.output
+    assert re.search(r"the save of step 4 failed: .*No space left on device", command.output), command.output
+    assert "committed step 8: " in command.output and "on the nodes" not in command.output
+    assert durable_checkpoints(RunDirectory.at(str(workshop.data / "runs" / "fast-full")))[-1].manifest.files == expected_files
