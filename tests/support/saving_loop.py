@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -77,9 +77,8 @@ class Setting:
     saves: Mapping[str, Any] = field(default_factory=dict)
     """of the configuration's section ``checkpoint``"""
     patience: Patience = ONE_MINUTE
-    waiting_steps: Container[int] = range(STEPS)
-    """before which a save, or room for it, is waited for: tiny steps are faster than a file system"""
     wait_s: float = 0.5
+    """at most, before each step, for a save under way or for room: tiny steps are faster than a file system"""
 
 
 class Looped(NamedTuple):
@@ -118,7 +117,7 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
     said: list[str] = []
     behind: list[int] = []
     ProgressLog.warn = staticmethod(warned.append)  # type: ignore[assignment]
-    ProgressLog.say = lambda self, text: said.append(text)  # type: ignore[assignment]
+    ProgressLog.say = lambda self, text: said.append(text)  # type: ignore[method-assign]
     first, mine = engine.rank == 0, engine.rank == 1
     held = let_go if mine and setting.held_until else None
     failing = FailingDisk(**setting.disk if mine else {}, held=held)
@@ -152,7 +151,7 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
             let_go.set()
         if saver.busy:
             behind.append(step + 1)
-        wait_until = time.monotonic() + (setting.wait_s if step in setting.waiting_steps else 0)
+        wait_until = time.monotonic() + setting.wait_s
         while (
             setting.held_until is None
             and (saver.busy or (first and room._wanted.is_set()))
