@@ -22,6 +22,7 @@ from tests.support.saving_loop import (
     Looped,
     Setting,
     committed_steps,
+    last_files,
     looped,
     recorded_steps,
 )
@@ -87,11 +88,7 @@ def undisturbed(base: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ra
     """The files of the last checkpoint, with their hashes."""
     root = tmp_path_factory.mktemp("undisturbed")
     run_workers(looped, 2, base, str(root), Setting())
-    return last_files(str(root))
-
-
-def last_files(root: str) -> tuple[RankFile, ...]:
-    return checkpoint.committed(RunDirectory.at(root).checkpoints)[-1].manifest.files
+    return last_files(root)
 
 
 def looped_there(base: str, root: str, setting: Setting) -> Looped:

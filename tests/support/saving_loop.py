@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import threading
 import time
@@ -30,6 +31,7 @@ from trainer.engine import ZeroEngine
 from trainer.loop import Loop
 from trainer.metrics import NoMetrics, Reporter
 from trainer.progress_log import ProgressLog
+from trainer.rank_file import RankFile
 from trainer.retention import prune
 from trainer.room import EndlessRoom
 from trainer.run_directory import AttemptStart, RunDirectory, write_json
@@ -49,9 +51,15 @@ class FailingDisk:
     """Stands in for ``write_tensors`` in this process: fails at some steps, or waits until it is let go on."""
 
     def __init__(
-        self, *, fails_at: tuple[int, ...] = (), held: threading.Event | None = None, errno: int = errno.EIO
+        self,
+        *,
+        fails_at: tuple[int, ...] = (),
+        times: float = math.inf,
+        held: threading.Event | None = None,
+        errno: int = errno.EIO,
     ) -> None:
-        self.fails_at, self.held, self.errno, self.fired = fails_at, held, errno, 0
+        """``times``: after so many failures, all steps together, it is well again."""
+        self.fails_at, self.times, self.held, self.errno, self.fired = fails_at, times, held, errno, 0
         self._write = checkpoint.write_tensors
         checkpoint.write_tensors = self  # type: ignore[assignment]
 
@@ -59,7 +67,7 @@ class FailingDisk:
         step = int(target.uri.rsplit("/", 1)[-1].split("-")[0])
         if self.held is not None:
             assert self.held.wait(60)
-        if step in self.fails_at:
+        if step in self.fails_at and self.fired < self.times:
             self.fired += 1
             raise OSError(self.errno, os.strerror(self.errno), target.uri)
         return self._write(target, *args, **options)
@@ -175,12 +183,17 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
     try:
         outcome = str(loop.run())
     except SaveFailed as error:
-        outcome = str(error)
+        outcome = f"{type(error).__name__}: {error}"
     return Looped(outcome, loop.progress.step, failing.fired, warned, said, behind)
 
 
 def committed_steps(root: str | Path) -> list[int]:
     return [ref.step for ref in checkpoint.committed(RunDirectory.at(str(root)).checkpoints)]
+
+
+def last_files(root: str | Path) -> tuple[RankFile, ...]:
+    """Of the newest checkpoint, with their hashes: the state at its step."""
+    return checkpoint.committed(RunDirectory.at(str(root)).checkpoints)[-1].manifest.files
 
 
 def recorded_steps(root: str | Path) -> list[int]:
