@@ -13,7 +13,7 @@ import pytest
 
 from data_shards.storage import Storage
 from tests.support.claim_race import ONE_WINS, race, race_processes
-from tests.support.object_store import CREDENTIALS, create_bucket, s3_server, s3_uri
+from tests.support.object_store import CREDENTIALS, S3Server, create_bucket, s3_uri
 
 ROUNDS = int(os.environ.get("BATON_RACES", "300"))
 SETTLE_S, SETTLE_ON_S3_S = 0.002, 0.02
@@ -35,8 +35,8 @@ def test_processes_on_a_disk(tmp_path: Path) -> None:
 def test_threads_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
-    with s3_server(tmp_path / "server.log") as port:
-        create_bucket(port, "raced")
-        storage = Storage.at(s3_uri("raced", "runs", port))
+    with S3Server(tmp_path / "server.log") as server:
+        create_bucket(server.port, "raced")
+        storage = Storage.at(s3_uri("raced", "runs", server.port))
         for number in range(ROUNDS // 20):
             assert race(storage, number, SETTLE_ON_S3_S) == ONE_WINS, f"round {number}"

@@ -28,7 +28,7 @@ from tests.support.checkpoints import trained_shapes, write_checkpoint
 from tests.support.command import RunFiles, run_here, write_config
 from tests.support.datasets import random_packs, write_dataset
 from tests.support.fault_proxy import FaultProxy
-from tests.support.object_store import CREDENTIALS, create_bucket, s3_server, s3_uri
+from tests.support.object_store import CREDENTIALS, S3Server, create_bucket, s3_uri
 from tests.support.tiny import save_tiny_model
 from tests.support.tokenizers import chatml, stop_texts
 from trainer import export_writer
@@ -41,9 +41,9 @@ SEQ_LEN, ROWS, SHARD_TOKENS = 256, 600, 2_500
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with s3_server(tmp_path_factory.mktemp("s3") / "server.log") as port:
-        create_bucket(port, BUCKET)
-        yield port
+    with S3Server(tmp_path_factory.mktemp("s3") / "server.log") as running:
+        create_bucket(running.port, BUCKET)
+        yield running.port
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from tests.support.saving_loop import (
     Setting,
     committed_steps,
     draft_of,
+    last_files,
     looped,
     recorded_steps,
     saver_of,
@@ -213,11 +214,17 @@ def disk_of(folder: Path, size_bytes: int) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def saved_bytes(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """On disk, of one checkpoint."""
-    root = tmp_path_factory.mktemp("one")
+def undisturbed(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run without trouble."""
+    root = tmp_path_factory.mktemp("undisturbed")
     run_workers(looped, 2, tiny, str(root), Setting())
-    return sum(path.stat().st_blocks * 512 for path in (root / "checkpoints" / "00000024-a1").rglob("*"))
+    return root
+
+
+@pytest.fixture(scope="module")
+def saved_bytes(undisturbed: Path) -> int:
+    """On disk, of one checkpoint."""
+    return sum(path.stat().st_blocks * 512 for path in (undisturbed / "checkpoints" / "00000024-a1").rglob("*"))
 
 
 def test_on_a_full_disk_the_reserve_makes_room(tiny: str, tmp_path: Path, saved_bytes: int) -> None:
@@ -260,6 +267,26 @@ def test_a_quota_that_nothing_can_relieve(tiny: str, tmp_path: Path) -> None:
     results = run_workers(looped, 2, tiny, str(tmp_path), Setting(disk=disk, saves={"keep_last": 2}))
     assert all("nothing more may be removed" in outcome for outcome, *_ in results) and results[1].fired == 1
     assert committed_steps(tmp_path) == [4]
+
+
+def test_the_last_save_finds_no_room_and_makes_some(tiny: str, tmp_path: Path, undisturbed: Path) -> None:
+    disk = {"fails_at": (24,), "errno": errno.ENOSPC, "times": 1}
+    results = run_workers(looped, 2, tiny, str(tmp_path), Setting(disk=disk, saves={"keep_last": 2}))
+    assert [result.outcome for result in results] == [Outcome.FINISHED] * 2 and results[1].fired == 1
+    assert any("removed 00000016-a1 to make room" in line for line in results[0].warned)
+    assert committed_steps(tmp_path) == [20, 24] and recorded_steps(tmp_path) == list(range(1, 25))
+    checkpoint.verify(Storage.at(tmp_path / "checkpoints"), "00000024-a1")
+    assert last_files(tmp_path) == last_files(undisturbed)
+
+
+def test_the_last_save_finds_no_room_and_none_can_be_made(tiny: str, tmp_path: Path) -> None:
+    """Once the reserve is gone, only a person can help; the newest one stays."""
+    disk = {"fails_at": (24,), "errno": errno.ENOSPC}
+    results = run_workers(looped, 2, tiny, str(tmp_path), Setting(disk=disk, saves={"keep_last": 2}))
+    assert all(result.outcome.startswith("DiskFull: ") for result in results) and results[1].fired == 2
+    assert "nothing more may be removed" in results[0].outcome
+    assert results[0].step == results[1].step == 24 and committed_steps(tmp_path) == [20]
+    checkpoint.verify(Storage.at(tmp_path / "checkpoints"), "00000020-a1")
 
 
 def look_for_marks(roots: list[str]) -> str:

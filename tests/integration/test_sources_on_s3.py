@@ -16,7 +16,7 @@ from data_shards.sources.config import SourceConfig
 from data_shards.sources.find import content_identity, resolve
 from data_shards.sources.records import read_records
 from tests.support.data_files import write_rows
-from tests.support.object_store import CREDENTIALS, create_bucket, s3_server, s3_uri
+from tests.support.object_store import CREDENTIALS, S3Server, create_bucket, s3_uri
 
 KINDS = ("jsonl", "jsonl.gz", "json", "json.zst", "csv", "parquet", "arrow", "parquet.gz")
 
@@ -27,11 +27,11 @@ def rows_of(count: int) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    with s3_server(tmp_path_factory.mktemp("s3") / "log") as port, pytest.MonkeyPatch.context() as environment:
+    with S3Server(tmp_path_factory.mktemp("s3") / "log") as server, pytest.MonkeyPatch.context() as environment:
         for name, value in CREDENTIALS.items():
             environment.setenv(name, value)
-        create_bucket(port, "bucket")
-        yield port
+        create_bucket(server.port, "bucket")
+        yield server.port
 
 
 def upload(port: int, local: str | Path, path: str) -> str:

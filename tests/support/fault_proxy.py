@@ -7,13 +7,22 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "expect", "content-length"}
+
+
+class Fault(StrEnum):
+    """What a request meets that is picked out."""
+
+    BUSY = "503"
+    CUT_UPLOAD = "cut upload"
+    """its connection breaks in the midst of its body"""
 
 
 @dataclass
@@ -27,11 +36,17 @@ class Faults:
     latency_s: float = 0.0
     dead_until: float = 0.0
     """by time.monotonic: until then every connection is dropped unanswered"""
+    pick: Callable[[str], Fault | None] | None = None
+    """what meets a request (``PUT /bucket/key?partNumber=1…``); while there is one, requests are answered one by one"""
     seen: Counter[str] = field(default_factory=Counter)
     """requests, how many at once at most, and faults by kind"""
 
     def die_for(self, seconds: float) -> None:
         self.dead_until = time.monotonic() + seconds
+
+    @property
+    def dead(self) -> bool:
+        return time.monotonic() < self.dead_until
 
 
 class FaultProxy:
@@ -42,6 +57,7 @@ class FaultProxy:
         self._random = random.Random(seed)
         self._current = 0
         self._counting = threading.Lock()
+        self._one_by_one = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler(target_port))
         self._server.daemon_threads = True
         self.port = int(self._server.server_address[1])
@@ -72,20 +88,33 @@ class FaultProxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # 40 ms at each answer, else
 
             def _counted(self) -> None:
                 with proxy._counted():
                     self._forward()
 
             def _forward(self) -> None:
+                time.sleep(proxy.faults.latency_s)
+                pick = proxy.faults.pick
+                with proxy._one_by_one if pick else nullcontext():
+                    fault = pick(f"{self.command} {self.path}") if pick else None
+                    if proxy.faults.dead:
+                        self._drop("dead")
+                    elif fault == Fault.CUT_UPLOAD:
+                        _half_body(self)
+                        self._drop(fault)
+                    else:
+                        self._answer(fault)
+
+            def _drop(self, why: str) -> None:
+                proxy.faults.seen[why] += 1
+                self.close_connection = True
+
+            def _answer(self, fault: Fault | None) -> None:
                 faults, chance = proxy.faults, proxy._random
-                time.sleep(faults.latency_s)
-                if time.monotonic() < faults.dead_until:
-                    faults.seen["dead"] += 1
-                    self.close_connection = True
-                    return
                 body = _body(self)
-                if chance.random() < faults.share_503:
+                if fault == Fault.BUSY or chance.random() < faults.share_503:
                     faults.seen["503"] += 1
                     self.send_response(503)
                     self.send_header("Content-Length", "0")
@@ -100,9 +129,8 @@ class FaultProxy:
                 self.send_header("Content-Length", length if self.command == "HEAD" and length else str(len(content)))
                 self.end_headers()
                 if len(content) > 1 and chance.random() < faults.share_cut:
-                    faults.seen["cut"] += 1
                     self.wfile.write(content[: len(content) // 2])
-                    self.close_connection = True
+                    self._drop("cut")
                 elif self.command != "HEAD":
                     self.wfile.write(content)
 
@@ -112,6 +140,12 @@ class FaultProxy:
                 pass
 
         return Handler
+
+
+def _half_body(request: BaseHTTPRequestHandler) -> None:
+    """Read half of the body, or of its first chunk, and leave the rest."""
+    length = request.headers.get("Content-Length") or request.rfile.readline().split(b";")[0]
+    request.rfile.read(int(length, 10 if isinstance(length, str) else 16) // 2)
 
 
 def _body(request: BaseHTTPRequestHandler) -> bytes:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -51,35 +50,53 @@ def _install() -> str:
     return ""
 
 
-@contextmanager
-def s3_server(log: Path) -> Iterator[int]:
-    """The port of a server that holds nothing yet."""
-    port = free_port()
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [server_command(), "-H", "127.0.0.1", "-p", str(port)],
-            env=os.environ | CREDENTIALS,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            _await(port, process, log)
-            yield port
-        finally:
-            process.terminate()
-            process.wait(10)
+class S3Server:
+    """Listens on a free port of the loopback, and holds nothing yet. What it holds is lost when it ends."""
 
+    def __init__(self, log: Path) -> None:
+        self.port = free_port()
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
 
-def _await(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 60
-    while True:
+    def __enter__(self) -> S3Server:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end(signal.SIGTERM)
+
+    def start(self) -> None:
+        with self._log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [server_command(), "-H", "127.0.0.1", "-p", str(self.port)],
+                env=os.environ | CREDENTIALS,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=5).close()
-            return
-        except (urllib.error.URLError, ConnectionError) as error:
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the S3 server did not start: {log.read_text()[-2000:]}") from error
-            time.sleep(0.1)
+            self._await(self._process)
+        except BaseException:
+            self._end(signal.SIGKILL)
+            raise
+
+    def kill(self) -> None:
+        self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> None:
+        assert self._process is not None
+        self._process.send_signal(number)
+        self._process.wait(10)
+
+    def _await(self, process: subprocess.Popen[bytes]) -> None:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{self.port}/", timeout=5).close()
+                return
+            except (urllib.error.URLError, ConnectionError) as error:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the S3 server did not start: {self._log.read_text()[-2000:]}") from error
+                time.sleep(0.1)
 
 
 def create_bucket(port: int, name: str) -> None:

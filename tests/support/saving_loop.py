@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from trainer.engine import ZeroEngine
 from trainer.loop import Loop
 from trainer.metrics import NoMetrics, Reporter
 from trainer.progress_log import ProgressLog
+from trainer.rank_file import RankFile
 from trainer.retention import prune
 from trainer.room import EndlessRoom
 from trainer.run_directory import AttemptStart, RunDirectory, write_json
@@ -49,9 +51,15 @@ class FailingDisk:
     """Stands in for ``write_tensors`` in this process: fails at some steps, or waits until it is let go on."""
 
     def __init__(
-        self, *, fails_at: tuple[int, ...] = (), held: threading.Event | None = None, errno: int = errno.EIO
+        self,
+        *,
+        fails_at: tuple[int, ...] = (),
+        times: float = math.inf,
+        held: threading.Event | None = None,
+        errno: int = errno.EIO,
     ) -> None:
-        self.fails_at, self.held, self.errno, self.fired = fails_at, held, errno, 0
+        """``times``: after so many failures, all steps together, it is well again."""
+        self.fails_at, self.times, self.held, self.errno, self.fired = fails_at, times, held, errno, 0
         self._write = checkpoint.write_tensors
         checkpoint.write_tensors = self  # type: ignore[assignment]
 
@@ -59,7 +67,7 @@ class FailingDisk:
         step = int(target.uri.rsplit("/", 1)[-1].split("-")[0])
         if self.held is not None:
             assert self.held.wait(60)
-        if step in self.fails_at:
+        if step in self.fails_at and self.fired < self.times:
             self.fired += 1
             raise OSError(self.errno, os.strerror(self.errno), target.uri)
         return self._write(target, *args, **options)
@@ -77,9 +85,8 @@ class Setting:
     saves: Mapping[str, Any] = field(default_factory=dict)
     """of the configuration's section ``checkpoint``"""
     patience: Patience = ONE_MINUTE
-    waiting_steps: Container[int] = range(STEPS)
-    """before which a save, or room for it, is waited for: tiny steps are faster than a file system"""
     wait_s: float = 0.5
+    """at most, before each step, for a save under way or for room: tiny steps are faster than a file system"""
 
 
 class Looped(NamedTuple):
@@ -118,7 +125,7 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
     said: list[str] = []
     behind: list[int] = []
     ProgressLog.warn = staticmethod(warned.append)  # type: ignore[assignment]
-    ProgressLog.say = lambda self, text: said.append(text)  # type: ignore[assignment]
+    ProgressLog.say = lambda self, text: said.append(text)  # type: ignore[method-assign]
     first, mine = engine.rank == 0, engine.rank == 1
     held = let_go if mine and setting.held_until else None
     failing = FailingDisk(**setting.disk if mine else {}, held=held)
@@ -152,7 +159,7 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
             let_go.set()
         if saver.busy:
             behind.append(step + 1)
-        wait_until = time.monotonic() + (setting.wait_s if step in setting.waiting_steps else 0)
+        wait_until = time.monotonic() + setting.wait_s
         while (
             setting.held_until is None
             and (saver.busy or (first and room._wanted.is_set()))
@@ -176,12 +183,17 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
     try:
         outcome = str(loop.run())
     except SaveFailed as error:
-        outcome = str(error)
+        outcome = f"{type(error).__name__}: {error}"
     return Looped(outcome, loop.progress.step, failing.fired, warned, said, behind)
 
 
 def committed_steps(root: str | Path) -> list[int]:
     return [ref.step for ref in checkpoint.committed(RunDirectory.at(str(root)).checkpoints)]
+
+
+def last_files(root: str | Path) -> tuple[RankFile, ...]:
+    """Of the newest checkpoint, with their hashes: the state at its step."""
+    return checkpoint.committed(RunDirectory.at(str(root)).checkpoints)[-1].manifest.files
 
 
 def recorded_steps(root: str | Path) -> list[int]:

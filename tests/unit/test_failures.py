@@ -6,7 +6,7 @@ import pickle
 
 from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, root_cause
 from cluster.ray_train import bundles_that_fit
-from trainer.errors import CheckpointCorrupt, NonFiniteStep
+from trainer.errors import CheckpointCorrupt, DiskFull, NonFiniteStep, SaveFailed
 from trainer.model import ModelError
 from trainer.run_directory import WorkerError
 
@@ -47,6 +47,16 @@ def test_what_no_retry_can_help_is_not_retried() -> None:
     assert action(failed(0, 5, NonFiniteStep("nan")), stop=True) == Action.FAIL, "a stop does not hide a fatal error"
 
 
+def test_a_full_disk_stops_resumably() -> None:
+    """Whether or not something was committed before, and at once: no attempt can make room."""
+    full = failed(5, 5, DiskFull("the disk of /runs is full"))
+    for before in ([], [failed(0, 5)], [failed(5, 5)] * 2):
+        decision = decide([*before, full], 2, stop_wanted=False)
+        assert decision.action == Action.STOP_RESUMABLE and "the disk of /runs is full" in decision.reason
+    assert "full" in decide([full], 2, stop_wanted=True).reason, "a stop does not hide it"
+    assert action(failed(5, 5, SaveFailed("3 saves in a row failed"))) == Action.RETRY, "other saves are tried again"
+
+
 def test_no_room_is_no_failure() -> None:
     late = decide_without_room(7, stop_wanted=False)
     assert late.action == Action.STOP_RESUMABLE and "wait_for_room_s" in late.reason and "step 7" in late.reason
@@ -64,6 +74,15 @@ def test_root_cause_is_the_error_raised_on_purpose() -> None:
     cause = WorkerError.of(3, NonFiniteStep("nan"))
     assert root_cause([collateral, cause]) == cause
     assert root_cause([]) is None
+
+
+def test_root_cause_is_a_full_disk_rather_than_what_it_caused_elsewhere() -> None:
+    full = WorkerError.of(3, DiskFull("full"))
+    collateral = [WorkerError.of(rank, RuntimeError("gloo: connection closed by peer")) for rank in range(3)]
+    corrupt = WorkerError.of(1, CheckpointCorrupt("c", "bit"))
+    assert root_cause([*collateral, full]) == root_cause([full, *collateral]) == root_cause([corrupt, full]) == full
+    fatal = WorkerError.of(4, NonFiniteStep("nan"))
+    assert root_cause([*collateral, full, fatal]) == fatal, "with room it would not go on either"
 
 
 def test_errors_pickle_across_processes() -> None:
