@@ -17,7 +17,8 @@ from launch.config import load_config
 from launch.job import Job, make_job, settle
 from tests.integration.conftest import Workshop
 from tests.support.chaos import saves_end_before_the_next_step
-from tests.support.command import Command, RunFiles, Trace, run_here, write_config
+from tests.support.command import Command, RunFiles, Trace, run, run_here, write_config
+from tests.support.disk import disk_of
 from tests.support.distributed import run_workers
 from tests.support.nodes import become_node, skip_unless_allowed
 from trainer.checkpoint import rank_file
@@ -27,6 +28,7 @@ from trainer.errors import BatonError
 from trainer.fast_tier import folder_on_node
 from trainer.metrics import NoMetrics
 from trainer.rank_file import RankFile
+from trainer.run_directory import RunDirectory
 from trainer.survey import durable_checkpoints, survey, tip_and_newest
 from trainer.worker import train
 
@@ -199,10 +201,10 @@ def test_a_disk_that_is_full_costs_the_fast_tier_alone(
     workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]
 ) -> None:
     with disk_of(tmp_path / "nvme", 1_000_000) as disk:  # a rank file has 4 MB
-        values = values_of(workshop, disk, every=8, fast_every=4, steps=17)
-        config = write_config(workshop.data, values, "fast-full")
+        config = write_config(workshop.data, values_of(workshop, disk, every=8, fast_every=4, steps=17), "fast-full")
         command = run("finetune", "--config", str(config))
     assert command.process.returncode == 0, command.output
     assert re.search(r"the save of step 4 failed: .*No space left on device", command.output), command.output
     assert "committed step 8: " in command.output and "on the nodes" not in command.output
-    assert durable_checkpoints(RunDirectory.at(str(workshop.data / "runs" / "fast-full")))[-1].manifest.files == expected_files
+    newest = durable_checkpoints(RunDirectory.at(str(workshop.data / "runs" / "fast-full")))[-1]
+    assert newest.manifest.files == expected_files

@@ -37,6 +37,8 @@ PROGRESS = Progress(
     eval_step=40,
 )
 
+FILES_AT = "/mnt/nvme/baton/golden-01234567"
+
 
 def golden_values(parameter: ParameterEntry, part: str) -> torch.Tensor:
     """What the whole parameter's part holds: fp32 ``[numel]``."""
@@ -61,9 +63,9 @@ def golden_manifest() -> CheckpointManifest:
     )
 
 
-def write_golden(checkpoints: Storage) -> str:
-    """Returns the checkpoint's name."""
-    manifest = golden_manifest()
+def write_golden(checkpoints: Storage, *, fast: bool = False) -> str:
+    """Returns the checkpoint's name. One of the fast tier has its files beside the manifest, where they are brought."""
+    manifest = replace(golden_manifest(), files_at=FILES_AT if fast else None)
     target = checkpoint.target_of(checkpoints, manifest)
     for rank in range(WORLD_SIZE):
         slices = {}
@@ -77,4 +79,4 @@ def write_golden(checkpoints: Storage) -> str:
 
 
 if __name__ == "__main__":
-    print(write_golden(Storage.at(Path(sys.argv[1]).resolve())))
+    print(write_golden(Storage.at(Path(sys.argv[1]).resolve()), fast=sys.argv[2:] == ["fast"]))
