@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from launch import finetune
 from launch.config import load_config
@@ -29,6 +30,7 @@ from trainer.fast_tier import folder_on_node
 from trainer.metrics import NoMetrics
 from trainer.rank_file import RankFile
 from trainer.run_directory import RunDirectory
+from trainer.shared_storage import check_shared
 from trainer.survey import durable_checkpoints, survey, tip_and_newest
 from trainer.worker import train
 
@@ -132,6 +134,27 @@ def expected_files(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory)
     assert nodes.committed() == {"17": False}
     assert not list((nodes.folder / "a").iterdir()) and not list((nodes.folder / "b").iterdir())
     return nodes.final_files()
+
+
+def look_for_marks(disks: list[str], shown_at: str) -> str:
+    rank = int(os.environ["RANK"])
+    become_node(Path(disks[rank]), Path(shown_at))
+    try:
+        check_shared(Storage.at(shown_at), rank, len(disks), patience_s=0.2)
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def test_nodes_whose_storage_is_their_own_are_refused_with_what_to_do(tmp_path: Path) -> None:
+    """One path, and a folder of its own behind it on each node; then on two of three the same one."""
+    skip_unless_allowed()
+    (tmp_path / "storage").mkdir()
+    for nodes, unseen in ((["a", "b"], "rank 0, 1 of 2"), (["a", "a", "c"], "rank 0, 2 of 3")):
+        disks = [str(tmp_path / node) for node in nodes]
+        for told in run_workers(look_for_marks, len(disks), disks, str(tmp_path / "storage")):
+            assert f"what {unseen} wrote there" in told and "nodes' own disks can hold checkpoint.fast" in told
+    assert run_workers(look_for_marks, 2, [str(tmp_path / "a")] * 2, str(tmp_path / "storage")) == ["", ""]
 
 
 def test_ranks_that_change_places(workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]) -> None:
