@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ import torch
 from data_shards.errors import BadInput
 from data_shards.order.sampler import Sampler
 from data_shards.storage import Storage
+from tests.support.disk import disk_of
 from tests.support.distributed import run_workers
 from tests.support.engines import ADAMW, make_engine
 from tests.support.saving_loop import (
@@ -196,21 +194,6 @@ def cut_short(base: str, root: str) -> bool:
 def test_an_error_does_not_cost_the_save_under_way(tiny: str, tmp_path: Path) -> None:
     assert run_workers(cut_short, 2, tiny, str(tmp_path / "checkpoints")) == [False, False]
     assert committed_steps(tmp_path) == [1]
-
-
-@contextmanager
-def disk_of(folder: Path, size_bytes: int) -> Iterator[Path]:
-    """A real file system that gets full."""
-    folder.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size_bytes}", "none", str(folder)], check=False, capture_output=True
-    )
-    if done.returncode:
-        pytest.skip(f"this user may not mount a tmpfs: {done.stderr.decode()}")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture(scope="module")
