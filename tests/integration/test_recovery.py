@@ -1,4 +1,5 @@
-"""Promises 5, 7 and 8 through the command: stops, corrupt checkpoints, other launchers; every later loss bit-equal.
+"""Promises 5, 7 and 8 through the command: stops, corrupt checkpoints, full disks, other launchers; every later loss
+bit-equal.
 
 Killed workers and drivers: test_disturbed_run.py.
 """
@@ -16,6 +17,10 @@ import pytest
 from launch import checkpoints, finetune
 from tests.integration.conftest import Workshop
 from tests.support.command import ROOT, Command, RunFiles, Trace, environment, run_here, write_config
+from tests.support.disk import disk_of, resize
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointRef
+from trainer.run_directory import RunDirectory
 
 STEPS = 40
 
@@ -78,6 +83,29 @@ def test_corrupt_checkpoints_are_named_and_left_out(workshop: Workshop) -> None:
     lost = run_here(finetune.main, "--config", str(config), "training.steps=20")
     assert lost.code == 1, lost.output
     assert "none of its committed checkpoints can be used" in lost.output and "choose a new run.name" in lost.output
+
+
+def newest(run: Path) -> CheckpointRef:
+    return checkpoint.committed(RunDirectory.at(str(run)).checkpoints)[-1]
+
+
+def test_on_a_larger_disk_a_run_that_filled_one_goes_on(workshop: Workshop, undisturbed: Trace, tmp_path: Path) -> None:
+    """The disk holds a checkpoint and a half."""
+    wanted = newest(workshop.data / "runs" / "undisturbed")
+    size = sum(file.size for file in wanted.manifest.files)
+    with disk_of(tmp_path / "disk", size * 3 // 2) as disk:
+        config = write_config(tmp_path, workshop.values | {"run": {"storage": str(disk)}}, "cramped")
+        files = RunFiles(disk / "cramped")
+        full = run_here(finetune.main, "--config", str(config))
+        assert full.code == 75, full.output
+        assert f"the disk of {files.path}/checkpoints is full" in full.output
+        assert "Make room there" in full.output and "then give the same command again" in full.output
+        assert files.result["status"] == "stopped" and files.result["step"] == 7 == newest(files.path).step
+        resize(disk, size * 10)
+        again = run_here(finetune.main, "--config", str(config))
+        assert again.code == 0 and "resuming from step 7" in again.output, again.output
+        assert files.trace() == undisturbed
+        assert newest(files.path).manifest.files == wanted.manifest.files and newest(files.path).step == STEPS
 
 
 def test_torchrun_runs_the_same_loop(workshop: Workshop, undisturbed: Trace) -> None:
