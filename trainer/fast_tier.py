@@ -74,7 +74,7 @@ class FastTier:
 def folder_on_node(path: str, run: Storage) -> Storage:
     """A run's own one: runs of one name in two storages have two."""
     name = run.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
-    return Storage.at(path).child(f"{name}-{sha256(run.uri.encode())[:8]}")
+    return Storage.at(path).child(f"{name}-{sha256(run.uri.encode())[:12]}")
 
 
 def needed_files(manifest: CheckpointManifest, rank: int, world_size: int) -> set[int]:
