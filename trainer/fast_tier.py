@@ -108,7 +108,7 @@ def bring_together(checkpoints: Storage, ref: CheckpointRef) -> None:
     if lost := [file for file, holder in holders.items() if holder is None]:
         files = ", ".join(manifest.files[file].path for file in lost[:_NAMED])
         raise CheckpointOutOfReach(
-            ref.name, f"{files} ({len(lost)} of {len(manifest.files)} files) on none of the nodes that are here"
+            ref.name, f"{files} ({len(lost)} of {len(manifest.files)} files): whole on none of the nodes that are here"
         )
     say_on_first_rank(
         f"checkpoint {ref.name}: {len(lacking)} files are brought to nodes that need them, by run.storage"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from pydantic import ValidationError
 
 from data_shards import signed_json
 from data_shards.storage import Storage
+from launch import checkpoints
+from tests.support.command import run_here
 from tests.support.tiny import DRAFT
 from tests.unit.test_run_directory import commit
 from trainer.checkpoint import directory_name, is_fast, parse_name, read_manifest
@@ -155,3 +158,22 @@ def test_sizes_of_files_on_nodes_are_not_looked_at_where_the_manifest_is_read(tm
     name = commit(run, attempt, 5, AT)
     run.checkpoints.delete_file(f"{name}/rank-00000.safetensors")
     assert read_manifest(run.checkpoints, name).manifest.files_at == AT
+
+
+def test_verify_reads_what_is_here_and_names_what_is_away(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path / "run"))
+    run.storage.write("run.json", [b"{}"])
+    attempt = run.start_attempt(None, None, ()).attempt
+    here = commit(run, attempt, 5, str(tmp_path / "nvme"))
+    shutil.copytree(tmp_path / "run" / "checkpoints" / here, tmp_path / "nvme" / here)
+    away = commit(run, attempt, 10, str(tmp_path / "nvme"))
+    for name in (here, away):
+        run.checkpoints.delete_file(f"{name}/rank-00000.safetensors")
+    told = run_here(checkpoints.main, "verify", str(tmp_path / "run"))
+    assert told.code == 0 and f"good  {here}" in told.output, told.output
+    assert f"away  {away}  checkpoint {away}: rank-00000.safetensors is not on this node, in {tmp_path}" in told.output
+    listed = run_here(checkpoints.main, "list", str(tmp_path / "run")).output
+    assert f"{away}  on the nodes, in {tmp_path}/nvme" in listed
+    (tmp_path / "nvme" / here / "rank-00000.safetensors").write_bytes(b"y")
+    told = run_here(checkpoints.main, "verify", str(tmp_path / "run"))
+    assert told.code == 1 and f"BAD   {here}" in told.output, told.output
