@@ -175,7 +175,8 @@ def test_a_node_that_is_gone(workshop: Workshop, tmp_path: Path, expected_files:
     assert nodes.committed() == {"9": False, "16": True}
     told = nodes.attempt("a", "c", ends=True)
     for line in told:
-        assert "CheckpointOutOfReach" in line and "rank-00001.safetensors (1 of 2 files): whole on none of the nodes" in line
+        assert "CheckpointOutOfReach" in line
+        assert "rank-00001.safetensors (1 of 2 files): whole on none of the nodes" in line
     done = run_here(finetune.main, "--config", str(nodes.file))  # where nothing is shown at the path
     assert done.code == 0, done.output
     assert re.search(r"resuming from step 16\n", done.output) and re.search(r"resuming from step 9\n", done.output)
