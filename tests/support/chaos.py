@@ -71,7 +71,8 @@ class Bench:
         make_base(root / "base", [f"{row['question']} {row['answer']}" for row in rows])
         self._reference: dict[str, dict[str, bytes]] = {}
 
-    def config(self, folder: Path, steps: int = STEPS, keep_last: int = 1) -> Path:
+    def config(self, folder: Path, steps: int = STEPS, keep_last: int = 1, *, tiers: bool = False) -> Path:
+        fast = {"path": str(folder / "here" / "nvme"), "every_steps": 1}
         values = {
             "model": {"base": str(self.root / "base"), "precision": "fp32"},
             "data": {
@@ -82,7 +83,7 @@ class Bench:
             },
             "training": {"global_batch": 4, "micro_batch": 2, "steps": steps},
             "optimizer": {"lr": 1e-3, "schedule": "constant"},
-            "checkpoint": {"every_steps": EVERY, "keep_last": keep_last},
+            "checkpoint": {"every_steps": EVERY, "keep_last": keep_last, "fast": fast if tiers else None},
             "cluster": {"launcher": "processes", "num_workers": WORKERS},
             "run": {"storage": str(folder / "here" / "runs"), "name": NAME},
         }
@@ -91,7 +92,7 @@ class Bench:
         path.write_text(yaml.safe_dump(values))
         return path
 
-    def submit(self, folder: Path, faults: dict[str, Any], **options: int) -> int:
+    def submit(self, folder: Path, faults: dict[str, Any], **options: Any) -> int:
         """Give the command once. Returns its exit code, negative where it was killed."""
         pid = os.fork()
         if pid == 0:
@@ -125,7 +126,9 @@ class Bench:
         victim.write_bytes(damaged)
 
 
-FRESH, CORRUPT = "fresh run", "resume from a damaged checkpoint"
+FRESH, CORRUPT, TIERS = "fresh run", "resume from a damaged checkpoint", "two tiers"
+OPTIONS: dict[str, dict[str, Any]] = {FRESH: {}, CORRUPT: {}, TIERS: {"tiers": True}}
+"""of the configuration, by scenario"""
 
 
 def _be_the_driver(config: Path, log: Path, faults: dict[str, Any]) -> None:
@@ -185,7 +188,7 @@ def try_case(bench: Bench, case: Case, folder: Path, expected: dict[str, bytes])
     faults = {"rank": case.rank, "point": case.point, "kind": case.kind, "mark": str(mark)}
     codes = []
     while len(codes) < SUBMISSIONS and (not codes or codes[-1] != 0):
-        codes.append(bench.submit(folder, faults))
+        codes.append(bench.submit(folder, faults, **OPTIONS[case.scenario]))
     log = (folder / "log").read_text()
     if not mark.exists():
         return f"the fault did not fire (exit codes {codes})"
@@ -204,9 +207,9 @@ def _lost_work(log: str) -> str:
     """Whether an attempt began before what had been committed and was not damaged."""
     good: set[int] = set()
     for line in log.splitlines():
-        if found := re.search(r"committed step (\d+):", line):
+        if found := re.search(r"committed step (\d+)(?: on the nodes)?:", line):
             good.add(int(found[1]))
-        elif found := re.search(r"checkpoint (\d+)-\w+ is not used", line):
+        elif found := re.search(r"checkpoint (\d+)-[\w.]+ is not used", line):
             good.discard(int(found[1]))
         committed = max(good, default=0)
         found = re.search(r"attempt \d+ \(\w+\): (?:resuming from step (\d+)|from the beginning)", line)
@@ -227,17 +230,17 @@ def run_all(root: Path, kinds: list[Kind], sample: int | None, seed: int, say: C
     bench.damage_a_run()
     todo: list[Case] = []
     expected: dict[str, dict[str, bytes]] = {}
-    for scenario in (FRESH, CORRUPT):
+    for scenario, options in OPTIONS.items():
         folder = root / f"undisturbed-{len(expected)}"
         bench.prepare(scenario, folder)
         trace = folder / "trace"
         folder.mkdir(parents=True, exist_ok=True)
-        assert bench.submit(folder, {"trace": str(trace)}) == 0, (folder / "log").read_text()
+        assert bench.submit(folder, {"trace": str(trace)}, **options) == 0, (folder / "log").read_text()
         expected[scenario] = bench.final_state(folder)
         points = points_of(trace)
         say(f"{scenario}: {len(points)} points")
         todo += cases(points, scenario, kinds)
-    assert expected[FRESH] == expected[CORRUPT], "undisturbed runs differ"
+    assert all(state == expected[FRESH] for state in expected.values()), "undisturbed runs differ"
     chosen = todo if sample is None else random.Random(seed).sample(todo, sample)
     say(f"{len(todo)} cases (points x kinds), {len(chosen)} to be tried")
     failed, started = 0, time.monotonic()
