@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -100,7 +100,6 @@ def run_attempts(
     Raises RunHeld once the run is another launcher's; nothing is written about it then.
     """
     history: list[AttemptEnd] = []
-    unusable: dict[str, str] = {}
     stop = _StopRequest(run, say)
     lease.when_lost(stop.lose)
     monitor = monitor or NoMonitor()
@@ -110,7 +109,7 @@ def run_attempts(
             has_room = launcher.wait_for_room(lambda: stop.wanted, say)
             lease.check()
             try:  # only now: while this one waited, workers that it took the run from may have committed, and removed
-                parent, resume_from = tip_and_newest(run, say, unusable)
+                parent, resume_from = tip_and_newest(run, say)
             except NoUsableCheckpoint as error:
                 return Submission(Decision(Action.FAIL, str(error)), len(run.lineage()), None)
             if not has_room:
@@ -125,7 +124,7 @@ def run_attempts(
             stop.forward()
             lost = launcher.run(make_spec(start.attempt, resume_from))
             lease.check()
-            end = _end_of(run, start, lost, unusable, say)
+            end = _end_of(run, start, lost, say)
             history.append(end)
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
             if decision.action == Action.RETRY:
@@ -139,31 +138,29 @@ def run_attempts(
             with suppress(OSError):  # for people; a full disk must not change what follows
                 write_json(run.attempt(start.attempt), "decision.json", record)
             if decision.action != Action.RETRY:
-                return Submission(decision, start.number, _newest(run, unusable))
+                return Submission(decision, start.number, _newest(run))
 
 
 def _quarantine(run: RunDirectory, name: str, reason: str, say: Say) -> None:
     try:
         quarantine(run, name, reason)
-    except OSError as error:  # this submission goes on without it all the same
+    except OSError as error:  # the next attempt goes on without it all the same
         say(f"checkpoint {name} could not be put in quarantine: {error}")
 
 
-def _newest(run: RunDirectory, unusable: Mapping[str, str]) -> CheckpointRef | None:
+def _newest(run: RunDirectory) -> CheckpointRef | None:
     """For reports: None also where nothing can be used."""
-    usable = survey(run, unusable).usable
+    usable = survey(run).usable
     return usable[-1] if usable else None
 
 
-def _end_of(run: RunDirectory, start: AttemptStart, lost: str, unusable: dict[str, str], say: Say) -> AttemptEnd:
-    """Look at what the attempt has left; a checkpoint that it found to be unusable is not used again."""
+def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> AttemptEnd:
+    """Look at what the attempt has left; a checkpoint that it found to be corrupt is put in quarantine."""
     end = read_json(run.attempt(start.attempt), "end.json")
     error = None if end is not None else root_cause(run.errors_of(start.attempt))
-    newest = _newest(run, unusable)
+    newest = _newest(run)
     committed = newest.step if newest else 0
-    if error is not None and error.checkpoint is not None:
-        unusable[error.checkpoint] = error.message
-        if error.corrupt:
-            _quarantine(run, error.checkpoint, error.message, say)
+    if error is not None and error.checkpoint is not None and error.corrupt:
+        _quarantine(run, error.checkpoint, error.message, say)
     kind = EndKind(end["outcome"]) if end is not None else EndKind.FAILED
     return AttemptEnd(kind, start.start_step, committed, error, lost if end is None else "")

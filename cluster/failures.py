@@ -27,10 +27,6 @@ class AttemptEnd:
     lost_workers: str = ""
     """what the launcher saw: signals and exit codes"""
 
-    @property
-    def made_progress(self) -> bool:
-        return self.committed_step > self.start_step
-
 
 class Action(StrEnum):
     FINISH = "finished"
@@ -51,7 +47,7 @@ def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
     """The error that explains the rest: one raised on purpose before the collective errors that it caused elsewhere."""
     return min(
         errors,
-        key=lambda e: (not e.bad_input, e.retryable, not e.disk_full, e.checkpoint is None, e.rank),
+        key=lambda e: (not e.bad_input, e.retryable, not e.disk_full, e.checkpoint is None, not e.corrupt, e.rank),
         default=None,
     )
 
@@ -76,6 +72,19 @@ def decide_without_room(committed_step: int, *, stop_wanted: bool) -> Decision:
     )
 
 
+def _num_barren(history: Sequence[AttemptEnd]) -> int:
+    """Attempts since one committed beyond everything before it: not just beyond its own start, as what it commits may
+    be lost with a node again and again. One that found a checkpoint unusable does not count: it is not used again.
+    """
+    barren, reached = 0, history[0].start_step
+    for end in history:
+        if end.committed_step > reached:
+            barren, reached = 0, end.committed_step
+        elif not (end.error and end.error.checkpoint):
+            barren += 1
+    return barren
+
+
 def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *, stop_wanted: bool) -> Decision:
     """What follows the last of these attempts of one submission.
 
@@ -97,11 +106,7 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
         return Decision(Action.FAIL, cause)
     if stop_wanted:
         return stopped
-    barren = 0
-    for end in reversed(history):
-        if end.made_progress:
-            break
-        barren += 1
+    barren = _num_barren(history)
     if barren > max_failures_without_progress:
         return Decision(
             Action.FAIL,

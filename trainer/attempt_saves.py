@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from functools import partial
 
-import torch.distributed as dist
-
-from data_shards.storage import Storage
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
 from trainer.checkpointing import Cadence
 from trainer.config import STATE_KEYS, CheckpointConfig, TrainerConfig, WorkerSpec
 from trainer.disk_plan import checkpoint_bytes
 from trainer.engine import ZeroEngine
-from trainer.fast_tier import FastTier
+from trainer.fast_tier import FastTier, open_everywhere
 from trainer.model_shape import FP32, ParameterShape
 from trainer.progress_log import ProgressLog
 from trainer.retention import Sparing, prune
@@ -42,6 +38,14 @@ def draft(spec: WorkerSpec, progress: Progress) -> CheckpointManifest:
         versions=versions(),
         files=(),
     )
+
+
+def open_fast_tier(run: RunDirectory, spec: WorkerSpec) -> FastTier | None:
+    """Collective. Raises BadInput as ``open_everywhere``."""
+    config = spec.trainer.checkpoint.fast
+    if config is None:
+        return None
+    return open_everywhere(config.path, run, spec.attempt, resuming=spec.resume_from is not None)
 
 
 def open_saver(run: RunDirectory, spec: WorkerSpec, engine: ZeroEngine, fast: FastTier | None) -> Saver:
@@ -85,18 +89,3 @@ def cadence_of(config: CheckpointConfig, fast: FastTier | None) -> Cadence:
     if config.fast is None or fast is None:
         return Cadence(config.every_steps)
     return Cadence(config.every_steps, config.fast.every_steps, fast.folder.uri)
-
-
-def end_fast_tier(fast: FastTier, run: RunDirectory, config: CheckpointConfig, attempt: str) -> None:
-    """The run has ended, and its last checkpoint is durable. Collective."""
-    if dist.get_rank() == 0:
-        _told_if_it_fails(lambda: prune(run, config, attempt, Sparing.FINISHED), run.checkpoints)
-    dist.barrier()
-    _told_if_it_fails(fast.leave, fast.folder)
-
-
-def _told_if_it_fails(action: Callable[[], object], where: Storage) -> None:
-    try:
-        action()
-    except OSError as error:
-        ProgressLog.warn(f"{where.uri} could not be cleared: {error}")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,7 +24,7 @@ from data_shards.verified_reader import Piece, VerifiedReader, by_span
 from trainer.checkpoint_manifest import MANIFEST, CheckpointManifest, ParameterEntry
 from trainer.engine import ZeroEngine
 from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach
-from trainer.rank_file import RANK_BLOCK_BYTES, RankFile, place_of
+from trainer.rank_file import RANK_BLOCK_BYTES, FilePlaces, RankFile
 from trainer.slices import overlaps
 from trainer.staging import Staging
 from trainer.tensor_files import TensorFile, TensorSpec, write_tensors
@@ -34,6 +34,7 @@ Slices = Mapping[str, torch.Tensor]
 _FAST = ".fast"
 _NAME = re.compile(rf"(\d{{8,}})-(.+?)(?:{re.escape(_FAST)})?")
 _RECEIPTS = "receipts"
+_NAMED = 8
 _READERS = 8
 """Threads of a rank: a network file system or an object store answers many requests at once."""
 
@@ -199,7 +200,7 @@ class SliceReader:
     """Reads elements of whole parameters out of the rank files of one checkpoint, many blocks at a time."""
 
     def __init__(self, directory: Storage, ref: CheckpointRef) -> None:
-        self._directory = directory
+        self._places = FilePlaces(directory, ref.name, ref.manifest.files_at)
         self._ref = ref
         self._files: dict[int, TensorFile] = {}
         self._pool = ThreadPoolExecutor(_READERS, thread_name_prefix="checkpoint-reader")
@@ -240,7 +241,8 @@ class SliceReader:
     def _file(self, rank: int) -> TensorFile:
         if rank not in self._files:
             listed = self._ref.manifest.files[rank]
-            place = place_of(self._directory, self._ref.name, self._ref.manifest.files_at, listed)
+            if (place := self._places.find(listed)) is None:
+                raise out_of_reach(self._ref, [listed])
             self._files[rank] = TensorFile(place, listed.hashed(place))
         return self._files[rank]
 
@@ -261,14 +263,21 @@ def read_manifest(checkpoints: Storage, name: str) -> CheckpointRef:
     return CheckpointRef(name, manifest)
 
 
+def out_of_reach(ref: CheckpointRef, lost: Sequence[RankFile]) -> CheckpointOutOfReach:
+    files = ", ".join(listed.path for listed in lost[:_NAMED])
+    return CheckpointOutOfReach(
+        ref.name, f"whole in {ref.manifest.files_at} on no node that is here: {files}, {len(lost)} of its files"
+    )
+
+
 def verify(checkpoints: Storage, name: str) -> CheckpointRef:
     """Read every byte of a checkpoint. Raises CorruptFile or FileNotFoundError with the file and what is wrong;
     CheckpointOutOfReach where it is of the fast tier, and not all of it is on this node."""
     ref = read_manifest(checkpoints, name)
+    places = FilePlaces(checkpoints.child(name), name, ref.manifest.files_at)
     for entry in ref.manifest.files:
-        place = place_of(checkpoints.child(name), name, ref.manifest.files_at, entry)
-        if ref.manifest.fast and not entry.is_whole(place):
-            raise CheckpointOutOfReach(name, f"{entry.path} is not on this node, in {ref.manifest.files_at}")
+        if (place := places.find(entry)) is None:
+            raise out_of_reach(ref, [entry])
         reader = VerifiedReader(place, entry.hashed(place))
         reader.verify_all()
         reader.close()

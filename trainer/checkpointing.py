@@ -227,7 +227,8 @@ class Checkpointing:
         if ended.error is not None:
             self._log.warn(f"rank {self.saver.rank}: the save of step {ended.step} failed: {ended.error}")
         elif ended.ref is not None:
-            self._reporter.committed(progress, ended.ref.manifest, save.stall_seconds)
+            if save.tier == Tier.DURABLE:  # alerts ask for the age of what can't be lost
+                self._reporter.committed(progress, ended.ref.manifest, save.stall_seconds)
             where = " on the nodes" if save.tier == Tier.FAST else ""
             self._log.say(
                 f"committed step {ended.step}{where}: {ended.seconds:.2f}s, of which training waited "

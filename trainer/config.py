@@ -116,7 +116,7 @@ class FastTierConfig(ConfigModel):
     path: str = Field(
         description="Folder on each node's own disk (or in memory, /dev/shm); each run has one of its own in it."
     )
-    every_steps: int = Field(ge=1, description="Steps between them; fewer than checkpoint.every_steps.")
+    every_steps: int = Field(ge=1, description="Steps between them; a divisor of checkpoint.every_steps.")
     keep_last: int = Field(1, ge=1, description="Newest to keep on each node; none once the run is finished.")
 
     @field_validator("path")
@@ -130,7 +130,7 @@ class FastTierConfig(ConfigModel):
 class CheckpointConfig(ConfigModel):
     every_steps: int = Field(100, ge=1, description="Steps between commits; always one at the end.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
-    keep_every: int | None = Field(None, ge=1, description="Also keep those whose step is a multiple of this.")
+    keep_every: int | None = Field(None, ge=1, description="Also keep, of each so many steps, the first.")
     keep_best: int = Field(0, ge=0, description="Also keep so many with the lowest evaluation loss at their own step.")
     commit_timeout_s: float = Field(
         600, gt=0, description="Seconds that a commit waits for what all workers write; then the save is given up."
@@ -141,10 +141,12 @@ class CheckpointConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _fast_is_more_often(self) -> CheckpointConfig:
-        if self.fast is not None and self.fast.every_steps >= self.every_steps:
+        if self.fast is None:
+            return self
+        if self.fast.every_steps >= self.every_steps or self.every_steps % self.fast.every_steps:
             raise ValueError(
-                f"fast.every_steps={self.fast.every_steps} is not less than every_steps={self.every_steps}, so the "
-                "fast tier would add nothing; lower the one or raise the other"
+                f"every_steps={self.every_steps} is not a multiple, and more, of fast.every_steps="
+                f"{self.fast.every_steps}; otherwise a durable checkpoint would often wait for a fast one"
             )
         return self
 

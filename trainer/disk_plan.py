@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -55,17 +54,18 @@ def retained_checkpoints(config: CheckpointConfig, steps: int | None) -> int:
     Args:
         steps: of the whole run; None where it is not known, and then those that ``keep_every`` keeps are not counted.
     """
-    for_good = (steps or 0) // math.lcm(config.every_steps, config.keep_every) if config.keep_every else 0
+    for_good = (steps or 0) // max(config.every_steps, config.keep_every) if config.keep_every else 0
     return config.keep_last + 1 + config.keep_best + for_good
 
 
 def fast_tier_bytes(
     config: CheckpointConfig, trained: Sequence[ParameterShape], world_size: int, state_keys: Sequence[str]
 ) -> int:
-    """On its node's own disk, of rank 0, which writes the most: those to keep, and the one that is being written."""
+    """On its node's own disk, of rank 0, which writes the most: those to keep, the one that is being written, and one
+    that retention has yet to take away."""
     if config.fast is None:
         return 0
-    return (config.fast.keep_last + 1) * _with_hashes(rank_file_bytes(trained, 0, world_size, state_keys))
+    return (config.fast.keep_last + 2) * _with_hashes(rank_file_bytes(trained, 0, world_size, state_keys))
 
 
 def export_bytes(shape: ModelShape, dtype_bytes: int, *, merge_lora: bool) -> dict[str, int]:

@@ -27,6 +27,12 @@ class CheckpointCorrupt(CheckpointUnusable, CorruptFile):
     """It does not read back as written."""
 
 
+class BringingFailed(BatonError):
+    """Files of a checkpoint of the fast tier could not be copied to the nodes that need them; they may be next time."""
+
+    retryable = True
+
+
 class CheckpointOutOfReach(CheckpointUnusable):
     """It is of the fast tier, and the nodes that are here do not have all of it."""
 

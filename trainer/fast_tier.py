@@ -8,6 +8,10 @@ a node is gone they are, too.
 from __future__ import annotations
 
 import socket
+import threading
+import time
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,16 +20,20 @@ import torch.distributed as dist
 from data_shards.errors import BadInput, CorruptFile
 from data_shards.storage import Storage, sha256
 from data_shards.verified_reader import VerifiedReader
-from trainer.checkpoint import CheckpointRef, parse_name
-from trainer.checkpoint_manifest import CheckpointManifest
-from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach
+from trainer.checkpoint import CheckpointRef, out_of_reach, parse_name
+from trainer.checkpoint_manifest import MANIFEST, CheckpointManifest
+from trainer.errors import BringingFailed, CheckpointCorrupt, CheckpointOutOfReach
 from trainer.process_group import is_first_on_node
-from trainer.progress_log import say_on_first_rank
-from trainer.rank_file import RankFile, place_of
+from trainer.progress_log import ProgressLog, say_on_first_rank
+from trainer.rank_file import FilePlaces, RankFile
+from trainer.room import is_out_of_room
 from trainer.run_directory import RunDirectory
 from trainer.slices import overlaps, slice_bounds
+from trainer.tensor_files import Repeated
 
-_NAMED = 8
+_PATIENCE_S, _PAUSE_S = 10.0, 0.5
+"""A file system over the network may show another node's file a few seconds late."""
+_LAST_WAIT_S = 30.0
 _Told = TypeVar("_Told")
 
 
@@ -34,47 +42,88 @@ class FastTier:
     """This node's folder of it, for one run."""
 
     folder: Storage
-    checkpoints: Storage
-    """of the run's storage"""
+    run: RunDirectory
+    attempt: str
     mine_to_clear: frozenset[str]
-    """attempts that began before this one, and this one, on one rank of each node; what later ones have here is not for
-    this one to judge"""
+    """on one rank of each node this attempt and those that it goes back to; of what others have here, it does not
+    know what is still needed"""
 
     @classmethod
-    def open(cls, path: str, run: RunDirectory) -> FastTier:
+    def open(cls, path: str, run: RunDirectory, attempt: str) -> FastTier:
         """Raises BadInput where it can't be written."""
         folder = folder_on_node(path, run.storage)
         try:
             folder.check_writable()
         except BadInput as error:
-            raise BadInput(f"checkpoint.fast.path={path!r} on node {socket.gethostname()}: {error}") from error
-        return cls(folder, run.checkpoints, frozenset(run.attempts() if is_first_on_node() else ()))
+            raise BadInput(
+                f"checkpoint.fast.path={path!r}: no use on node {socket.gethostname()}: {error.__cause__ or error}"
+            ) from error
+        ancestors = run.lineage_to(attempt) if is_first_on_node() else []
+        return cls(folder, run, attempt, frozenset(start.attempt for start in ancestors))
 
     def clear(self, writing: str | None = None) -> None:
-        """Remove what nobody can read any more: what has nothing under ``checkpoints/``, as retention took it away or
-        its save failed.
+        """Remove what has no manifest: retention took it away, or its save failed or was killed. Call it while no rank
+        writes, but for ``writing``, the name of what this attempt's ranks begin to write.
 
-        Args:
-            writing: name of the checkpoint that this attempt's ranks are writing.
+        What can't be removed is told.
         """
-        if not self.mine_to_clear:
-            return
-        told_of = {*self.checkpoints.list(), writing}
-        for name in self.folder.list():
-            if name not in told_of and parse_name(name)[1] in self.mine_to_clear:
-                self.folder.delete_tree(name)
+        if not self.mine_to_clear or not self.run.attempt(self.attempt).exists("start.json"):
+            return  # not this rank's, or the run's storage is away, and there it looks as if there were no manifests
+        self._remove(
+            name
+            for name in self.folder.list()
+            if name != writing and not self.run.checkpoints.child(name).exists(MANIFEST)
+        )
 
     def leave(self) -> None:
-        """Clear it for good, when the run has ended."""
-        self.clear()
-        if self.mine_to_clear and not self.folder.list():
-            self.folder.delete_tree("")
+        """Remove all, once the run's last checkpoint, a durable one, is committed; behind the caller, who waits for a
+        while: the disk may hang."""
+        thread = threading.Thread(target=self._leave, name="fast-tier", daemon=True)
+        thread.start()
+        thread.join(_LAST_WAIT_S)
+
+    def _leave(self) -> None:
+        if self.mine_to_clear:
+            self._remove(self.folder.list())
+            with suppress(OSError):
+                if not self.folder.list():
+                    self.folder.delete_tree("")
+
+    def _remove(self, names: Iterable[str]) -> None:
+        try:
+            for name in names:
+                if parse_name(name)[1] in self.mine_to_clear:
+                    with suppress(FileNotFoundError):  # another node has, where the path is shared
+                        self.folder.delete_tree(name)
+        except OSError as error:
+            ProgressLog.warn(f"{self.folder.uri} could not be cleared: {error}")
 
 
 def folder_on_node(path: str, run: Storage) -> Storage:
     """A run's own one: runs of one name in two storages have two."""
     name = run.uri.partition("?")[0].rstrip("/").rpartition("/")[2]
     return Storage.at(path).child(f"{name}-{sha256(run.uri.encode())[:12]}")
+
+
+def open_everywhere(path: str, run: RunDirectory, attempt: str, *, resuming: bool) -> FastTier | None:
+    """Collective. None where some node can't write there and the run has begun: a broken disk of one node is no reason
+    to end it; the attempt has no fast tier then, and tells so.
+
+    Raises BadInput, on all ranks, where the run is new.
+    """
+    found, problem = None, ""
+    try:
+        found = FastTier.open(path, run, attempt)
+    except BadInput as error:
+        problem = str(error)
+    problems = [told for told in _gathered(problem) if told]
+    if not problems:
+        return found
+    if not resuming:
+        raise BadInput(f"{problems[0]}. Give a folder that all nodes can write, or leave checkpoint.fast away")
+    if dist.get_rank() == 0:
+        ProgressLog.warn(f"this attempt has no fast tier of checkpoints: {problems[0]}")
+    return None
 
 
 def needed_files(manifest: CheckpointManifest, rank: int, world_size: int) -> set[int]:
@@ -91,41 +140,51 @@ def bring_together(checkpoints: Storage, ref: CheckpointRef) -> None:
     as ranks were placed otherwise or are more or fewer, is copied beside the manifest. Collective.
 
     Raises:
-        CheckpointOutOfReach: on all ranks, where a file is on none of the nodes that are here, or can't be copied.
+        CheckpointOutOfReach: where a file is on none of the nodes that are here, or there is no room for a copy.
         CheckpointCorrupt: on a rank that found a block of what it copied to be wrong.
+        BringingFailed: a copy failed otherwise; it may not the next time.
     """
     beside, manifest, rank = checkpoints.child(ref.name), ref.manifest, dist.get_rank()
-    here = {
-        index
-        for index, listed in enumerate(manifest.files)
-        if listed.is_whole(place_of(beside, ref.name, manifest.files_at, listed))
-    }
+    places = FilePlaces(beside, ref.name, manifest.files_at)
+    here = {index for index, listed in enumerate(manifest.files) if places.find(listed) is not None}
     lacks = needed_files(manifest, rank, dist.get_world_size()) - here
-    held_by, lacking = _gathered(here), set().union(*_gathered(lacks))
+    held_by, lacking = _gathered(here), sorted(set().union(*_gathered(lacks)))
     if not lacking:
         return
-    holders = {file: next((r for r, held in enumerate(held_by) if file in held), None) for file in sorted(lacking)}
-    if lost := [file for file, holder in holders.items() if holder is None]:
-        files = ", ".join(manifest.files[file].path for file in lost[:_NAMED])
-        raise CheckpointOutOfReach(
-            ref.name, f"{files} ({len(lost)} of {len(manifest.files)} files): whole on none of the nodes that are here"
-        )
+    holders = {file: [r for r, held in enumerate(held_by) if file in held] for file in lacking}
+    if lost := [manifest.files[file] for file, ranks in holders.items() if not ranks]:
+        raise out_of_reach(ref, lost)
     say_on_first_rank(
         f"checkpoint {ref.name}: {len(lacking)} files are brought to nodes that need them, by run.storage"
     )
     problem: Exception | None = None
     try:
-        for file, holder in holders.items():
-            if holder == rank:
-                listed = manifest.files[file]
-                _copy(listed, place_of(beside, ref.name, manifest.files_at, listed), beside)
+        for file, ranks in holders.items():
+            if ranks[file % len(ranks)] == rank:  # those of a node share the work
+                _copy(manifest.files[file], places, beside)
     except (OSError, CorruptFile) as error:
         problem = error
-    failed = [told for told in _gathered(str(problem) if problem else "") if told]
+    problems = _gathered((str(problem) if problem else "", is_out_of_room(problem)))
     if isinstance(problem, CorruptFile):
         raise CheckpointCorrupt(ref.name, str(problem)) from problem
-    if failed:
-        raise CheckpointOutOfReach(ref.name, f"its files can't be brought together: {failed[0]}") from problem
+    for told, no_room in problems:
+        if no_room:
+            raise CheckpointOutOfReach(ref.name, f"no room to bring its files together: {told}") from problem
+        if told:
+            raise BringingFailed(f"checkpoint {ref.name}: its files could not be brought together: {told}") from problem
+    _await_files(ref, beside, [manifest.files[file] for file in lacks])
+
+
+def _await_files(ref: CheckpointRef, beside: Storage, listed: list[RankFile]) -> None:
+    deadline = time.monotonic() + _PATIENCE_S
+    while unseen := _unseen(FilePlaces(beside, ref.name, ref.manifest.files_at), listed):
+        if time.monotonic() > deadline:
+            raise BringingFailed(f"checkpoint {ref.name}: {unseen[0]} was copied to {beside.uri} and is not seen there")
+        time.sleep(_PAUSE_S)
+
+
+def _unseen(places: FilePlaces, listed: list[RankFile]) -> list[str]:
+    return [file.path for file in listed if places.find(file) is None]
 
 
 def _gathered(mine: _Told) -> list[_Told]:
@@ -135,13 +194,14 @@ def _gathered(mine: _Told) -> list[_Told]:
     return found
 
 
-def _copy(listed: RankFile, source: Storage, target: Storage) -> None:
+def _copy(listed: RankFile, places: FilePlaces, beside: Storage) -> None:
     """Every block is verified on the way; the hashes go last, so that what is whole there has all."""
+    source = places.find(listed)
+    assert source is not None and listed.hashes is not None, "this rank holds it; versions without hashes had one tier"
     hashed = listed.hashed(source)
     reader = VerifiedReader(source, hashed)
     try:
-        target.write(listed.path, reader.blocks())
+        beside.bounded().write(listed.path, Repeated(reader.blocks))
     finally:
         reader.close()
-    assert listed.hashes is not None, "versions without them knew no fast tier"
-    target.write(listed.hashes.path, [hashed.digests])
+    beside.write(listed.hashes.path, [hashed.digests])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from data_shards.errors import CorruptFile
@@ -58,15 +60,11 @@ class RankFile:
             problem = "missing" if found is None else f"{found} bytes"
             raise CorruptFile(f"{directory.uri_of(self.path)}: {problem}, its manifest says {self.size}")
 
-    def is_whole(self, directory: Storage) -> bool:
-        """Whether it is there, as far as its size tells."""
-        files = (self.path,) if self.hashes is None else (self.path, self.hashes.path)
-        sizes = {path: size for path in files if (size := directory.size(path)) is not None}
-        try:
-            self.check_sizes(sizes, directory)
-        except CorruptFile:
-            return False
-        return True
+    def is_whole(self, sizes: Mapping[str, int]) -> bool:
+        """Whether all of it is there, as far as sizes tell."""
+        return sizes.get(self.path) == self.size and (
+            self.hashes is None or sizes.get(self.hashes.path) == self.hashes.size
+        )
 
     def hashed(self, directory: Storage) -> FileEntry:
         """With the hashes, which are read. Raises CorruptFile where they are not what was written."""
@@ -79,14 +77,32 @@ class RankFile:
             reader.close()
 
 
-def place_of(beside: Storage, name: str, files_at: str | None, listed: RankFile) -> Storage:
-    """The folder to read a rank's files from: of the fast tier this node's own, if it has them; else the manifest's.
+class FilePlaces:
+    """Where the files of a checkpoint are read, as seen from this node: of the fast tier on its own disk, or beside the
+    manifest, where they are brought when another node needs them."""
 
-    Args:
-        beside: the manifest's folder.
-        name: of the checkpoint.
-        files_at: as the manifest says.
-    """
-    if files_at is not None and listed.is_whole(here := Storage.at(files_at).child(name)):
-        return here
-    return beside
+    def __init__(self, beside: Storage, name: str, files_at: str | None) -> None:
+        """
+        Args:
+            beside: the manifest's folder.
+            name: of the checkpoint.
+            files_at: as the manifest says.
+        """
+        self._beside = beside
+        self._here = Storage.at(files_at).child(name) if files_at is not None else None
+        self._sizes: dict[str, int] = {}
+        if self._here is not None:
+            with suppress(OSError):  # this node's disk is broken: it has nothing
+                self._sizes = self._here.sizes()
+
+    def find(self, listed: RankFile) -> Storage | None:
+        """The folder; None where it is of the fast tier, and not in reach."""
+        if self._here is None:
+            return self._beside
+        if listed.is_whole(self._sizes):
+            return self._here
+        return self._beside if listed.is_whole(self._brought) else None
+
+    @cached_property
+    def _brought(self) -> dict[str, int]:
+        return self._beside.sizes()

@@ -22,13 +22,11 @@ class Sparing(StrEnum):
     AS_CONFIGURED = "as configured"
     NEWEST = "newest"
     """of ``keep_last`` just one: the disk is full"""
-    FINISHED = "finished"
-    """of the fast tier none: the run's last checkpoint is a durable one"""
 
 
 def kept(usable: Sequence[CheckpointRef], config: CheckpointConfig, sparing: Sparing) -> set[str]:
-    """Names of those that stay; the newest of either tier are always among them, of the durable one even when nothing
-    else is (pure).
+    """Names of those that stay; the newest is always among them (pure). Of the fast tier none stays that is older than
+    a durable one; ``keep_every`` and ``keep_best`` are of durable ones.
 
     Args:
         usable: oldest first.
@@ -37,13 +35,12 @@ def kept(usable: Sequence[CheckpointRef], config: CheckpointConfig, sparing: Spa
     number = 1 if sparing == Sparing.NEWEST else config.keep_last
     stay = {ref.name for ref in durable[-number:]}
     if config.keep_every is not None:
-        stay |= {ref.name for ref in durable if ref.step % config.keep_every == 0}
+        firsts = {ref.step // config.keep_every: ref.name for ref in reversed(durable)}
+        stay |= {name for number, name in firsts.items() if number}
     scored = [ref for ref in durable if ref.manifest.progress.evaluated_here]
     best = sorted(scored, key=lambda ref: (ref.manifest.progress.eval_loss, -ref.step))
     stay |= {ref.name for ref in best[: config.keep_best]}
-    if sparing == Sparing.FINISHED:
-        return stay
-    fast = [ref for ref in usable if ref.manifest.fast]
+    fast = usable[usable.index(durable[-1]) + 1 :] if durable else list(usable)
     return stay | {ref.name for ref in fast[-(config.fast.keep_last if config.fast else 1) :]}
 
 

@@ -119,7 +119,11 @@ def lineage_of(starts: Mapping[str, AttemptStart]) -> list[AttemptStart]:
     """
     if not starts:
         return []
-    tip: AttemptStart | None = min(starts.values(), key=lambda s: (s.launcher_rank, -s.number, s.attempt))
+    return chain_to(min(starts.values(), key=lambda s: (s.launcher_rank, -s.number, s.attempt)), starts)
+
+
+def chain_to(tip: AttemptStart | None, starts: Mapping[str, AttemptStart]) -> list[AttemptStart]:
+    """An attempt and all before it, by their parents, oldest first (pure)."""
     chain: list[AttemptStart] = []
     while tip is not None:
         chain.append(tip)
@@ -184,6 +188,12 @@ class RunDirectory:
     def lineage(self) -> list[AttemptStart]:
         """The chain of attempts that counts, oldest first."""
         return lineage_of(self.attempts())
+
+    def lineage_to(self, attempt: str) -> list[AttemptStart]:
+        """An attempt and those that it goes back to, oldest first; of one that is not there yet, as a listing may lag,
+        none."""
+        starts = self.attempts()
+        return chain_to(starts.get(attempt), starts)
 
     def errors_of(self, attempt: str) -> list[WorkerError]:
         folder = self.attempt(attempt).child("errors")

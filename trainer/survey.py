@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from data_shards.errors import BatonError, CorruptFile
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef
-from trainer.run_directory import AttemptStart, RunDirectory, Say, fences, lineage_of, read_json, utc_now, write_json
+from trainer.run_directory import (
+    AttemptStart,
+    RunDirectory,
+    Say,
+    WorkerError,
+    fences,
+    lineage_of,
+    read_json,
+    utc_now,
+    write_json,
+)
 
 QUARANTINE = "quarantine.json"
 """Beside the manifest of a checkpoint that did not read back as written. It is kept, for people, and not used."""
@@ -41,19 +51,17 @@ class Survey(NamedTuple):
 NOTHING, STRANGER = -1, -2
 
 
-def survey(run: RunDirectory, excluded: Mapping[str, str] | None = None) -> Survey:
-    """Look at every checkpoint: its manifest, the sizes of its files, its place in the chain of attempts.
-
-    Args:
-        excluded: names that are known to be bad, with the reason.
-    """
+def survey(run: RunDirectory) -> Survey:
+    """Look at every checkpoint: its manifest, the sizes of its files, its place in the chain of attempts, and whether
+    the last attempts could use it."""
     names = run.checkpoints.list()  # before the attempts: whoever made one of these folders has begun
     attempts = run.attempts()
     chain = lineage_of(attempts)
     limits: dict[str, int | None] = {**dict.fromkeys(attempts, NOTHING), **fences(chain)}
     found = Survey([], {}, {}, [], set(), attempts, chain)
+    failed = _found_unusable(run, chain)
     for name in names:
-        problem, ref = (excluded or {}).get(name, ""), None
+        problem, ref = _known_problem(name, failed), None
         try:
             ref = checkpoint.read_manifest(run.checkpoints, name)
             _check_name(ref)
@@ -79,6 +87,28 @@ def survey(run: RunDirectory, excluded: Mapping[str, str] | None = None) -> Surv
             found.usable.append(ref)
     found.usable.sort(key=lambda ref: (ref.step, not ref.manifest.fast, ref.name))  # of a step durable ones last
     return found
+
+
+def _found_unusable(run: RunDirectory, chain: Sequence[AttemptStart]) -> dict[str, WorkerError]:
+    """By name what the attempts at the chain's end began with and could not use. An attempt that began with something
+    else ends the list: what is beyond its start does not count any more."""
+    found: dict[str, WorkerError] = {}
+    for start in reversed(chain):
+        errors = [error for error in run.errors_of(start.attempt) if error.checkpoint == start.resume_from]
+        if start.resume_from is None or not errors:
+            break
+        found[start.resume_from] = min(errors, key=lambda error: not error.corrupt)
+    return found
+
+
+def _known_problem(name: str, failed: Mapping[str, WorkerError]) -> str:
+    if name in failed:
+        return failed[name].message
+    step, _ = checkpoint.parse_name(name)
+    for other, error in failed.items():
+        if not error.corrupt and checkpoint.is_fast(name) and step <= checkpoint.parse_name(other)[0]:
+            return f"checkpoint {name}: as out of reach as {other}"
+    return ""
 
 
 def _check_name(ref: CheckpointRef) -> None:
@@ -122,25 +152,24 @@ def durable_checkpoints(run: RunDirectory, say: Say = print) -> list[CheckpointR
     return [ref for ref in found.usable if not ref.manifest.fast]
 
 
-def newest_usable(
-    run: RunDirectory, say: Say = print, excluded: Mapping[str, str] | None = None
-) -> CheckpointRef | None:
+def newest_usable(run: RunDirectory, say: Say = print) -> CheckpointRef | None:
     """What to resume from; None where nothing was ever committed.
 
     Raises NoUsableCheckpoint where something durable was, but none of it can be accepted: starting over silently would
     fence it off for good. Where all that is lost was of the fast tier, the run begins anew, and ``say`` tells it.
     """
-    before, found = run.lineage(), survey(run, excluded)
+    before, found = run.lineage(), survey(run)
     while found.chain != before:  # an attempt began after the folders were listed: its checkpoint may not be among them
-        before, found = found.chain, survey(run, excluded)
+        before, found = found.chain, survey(run)
     for line in lines_of(found):
         say(line)
     if found.usable:
         return found.usable[-1]
     strangers = [name for name, limit in found.superseded.items() if limit == STRANGER]
-    begun_with = [start.resume_from or "" for start in found.chain if start.start_step]
     lost = sorted([*found.bad, *strangers])
-    if not all(map(checkpoint.is_fast, [*lost, *begun_with])):
+    begun_with = found.chain[-1].resume_from if found.chain else None  # retention took those before it away
+    only_fast = all(map(checkpoint.is_fast, [*lost, *found.superseded]))
+    if not only_fast or (begun_with is not None and begun_with not in {**found.bad, **found.superseded}):
         named = ", ".join(lost) or "they are gone"
         raise NoUsableCheckpoint(
             f"{run.storage.uri}: none of its committed checkpoints can be used ({named}; "
@@ -153,9 +182,7 @@ def newest_usable(
     return None
 
 
-def tip_and_newest(
-    run: RunDirectory, say: Say = print, excluded: Mapping[str, str] | None = None
-) -> tuple[AttemptStart | None, CheckpointRef | None]:
+def tip_and_newest(run: RunDirectory, say: Say = print) -> tuple[AttemptStart | None, CheckpointRef | None]:
     """The attempt and the commit to go on from, by one chain: looked up again where an attempt began since.
 
     A start step beyond what its parent may commit would let in what the parent commits later. Raises as
@@ -163,7 +190,7 @@ def tip_and_newest(
     """
     before = run.lineage()
     while True:
-        ref = newest_usable(run, say, excluded)
+        ref = newest_usable(run, say)
         chain = run.lineage()
         if chain == before:
             return (chain[-1] if chain else None), ref

@@ -14,7 +14,7 @@ from data_shards.order.sampler import Sampler
 from data_shards.prepare import TRAIN, VALIDATION
 from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
-from trainer.attempt_saves import cadence_of, draft, end_fast_tier, open_saver, watched_room
+from trainer.attempt_saves import cadence_of, draft, open_fast_tier, open_saver, watched_room
 from trainer.checkpoint_manifest import Progress
 from trainer.checkpointing import Checkpointing
 from trainer.config import (
@@ -26,7 +26,6 @@ from trainer.deepspeed_config import deepspeed_config
 from trainer.deterministic import make_deterministic
 from trainer.engine import ZeroEngine, build_optimizer
 from trainer.evaluation_worker import evaluate_model
-from trainer.fast_tier import FastTier
 from trainer.loop import Loop, Outcome
 from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
@@ -81,7 +80,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     if config.training.deterministic:
         make_deterministic()
     check_shared(run.attempt(spec.attempt), dist.get_rank(), dist.get_world_size())
-    fast = FastTier.open(config.checkpoint.fast.path, run) if config.checkpoint.fast else None
+    fast = open_fast_tier(run, spec)
     resumed = find_resumed(run, spec)
     engine = build_engine(config)
     data = _open_data(spec)
@@ -96,7 +95,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     )
     sink = metrics if engine.rank == 0 else NoMetrics()
     reporter = Reporter(sink, spec.attempt, progress, num_steps=sampler.num_steps, world_size=engine.world_size)
-    reporter.began(resumed.manifest if resumed else None)
+    reporter.began(resumed.manifest if resumed and not resumed.manifest.fast else None)
     stop = StopSignal(run, spec.attempt, watch=engine.rank == 0)
     room = watched_room(run, spec.attempt, config, engine, saver, log) if engine.rank == 0 else EndlessRoom()
     saved_step = None if resumed and resumed.manifest.fast else progress.step
@@ -119,11 +118,11 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     finally:
         stop.close()
         checkpointing.close()
-    if fast and outcome == Outcome.FINISHED:
-        end_fast_tier(fast, run, config.checkpoint, spec.attempt)
     if engine.rank == 0:
         end = {"outcome": outcome.value, "at": utc_now(), "progress": asdict(loop.progress)}
         write_json(run.attempt(spec.attempt), "end.json", end)
+    if fast and outcome == Outcome.FINISHED:
+        fast.leave()
     return outcome
 
 

@@ -59,7 +59,7 @@ def fast_folder(workshop: Workshop, disk: Path, name: str) -> Path:
 def test_a_killed_worker_costs_the_steps_since_the_last_fast_one(
     workshop: Workshop, undisturbed: Trace, tmp_path: Path
 ) -> None:
-    config = write_config(workshop.data, values_of(workshop, tmp_path / "disk", every=1000), "fast")
+    config = write_config(workshop.data, values_of(workshop, tmp_path / "disk", every=999), "fast")
     files = RunFiles(workshop.data / "runs" / "fast")
     command = Command("finetune", "--config", str(config))
     committed = int(command.wait_for(r"committed step (\d+) on the nodes")[1])
@@ -170,17 +170,17 @@ def test_ranks_that_change_places(workshop: Workshop, tmp_path: Path, expected_f
 def test_a_node_that_is_gone(workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]) -> None:
     """One worker has nothing of the other's: the attempt fails before it builds a model, and the next one begins with
     the durable checkpoint."""
-    nodes = Nodes(workshop, "nodes-gone", tmp_path, every=9)
+    nodes = Nodes(workshop, "nodes-gone", tmp_path, every=12)
     nodes.attempt("a", "b", ends=False)
-    assert nodes.committed() == {"9": False, "16": True}
+    assert nodes.committed() == {"12": False, "16": True}
     told = nodes.attempt("a", "c", ends=True)
     for line in told:
         assert "CheckpointOutOfReach" in line
-        assert "rank-00001.safetensors (1 of 2 files): whole on none of the nodes" in line
+        assert "on no node that is here: rank-00001.safetensors, 1 of its files" in line
     done = run_here(finetune.main, "--config", str(nodes.file))  # where nothing is shown at the path
     assert done.code == 0, done.output
-    assert re.search(r"resuming from step 16\n", done.output) and re.search(r"resuming from step 9\n", done.output)
-    assert "CheckpointOutOfReach: checkpoint 00000016-" in done.output and "2 of 2 files" in done.output
+    assert re.search(r"resuming from step 16\n", done.output) and re.search(r"resuming from step 12\n", done.output)
+    assert "as out of reach" not in done.output and "on no node that is here" in done.output
     assert nodes.final_files() == expected_files
     assert not list(nodes.run.checkpoints.local_path.glob("*/quarantine.json")), "it may be good, elsewhere"  # type: ignore[union-attr]
 
@@ -199,7 +199,7 @@ def test_a_damaged_one_is_put_in_quarantine(
     workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]
 ) -> None:
     """Also where it is found while it is brought to another node."""
-    nodes = Nodes(workshop, "nodes-damaged", tmp_path, every=9)
+    nodes = Nodes(workshop, "nodes-damaged", tmp_path, every=12)
     nodes.attempt("a", "b", ends=False)
     victim = max((tmp_path / "a").glob(f"*/*/{rank_file(0)}"))
     damaged = bytearray(victim.read_bytes())
@@ -214,11 +214,18 @@ def test_a_damaged_one_is_put_in_quarantine(
     assert nodes.final_files() == expected_files
 
 
-def test_a_path_that_can_not_be_written_is_refused(workshop: Workshop, tmp_path: Path) -> None:
+def test_a_path_that_can_not_be_written(workshop: Workshop, tmp_path: Path) -> None:
+    """A new run is refused; one that has begun goes on without the tier, as its node's disk may have broken since."""
     (tmp_path / "file").touch()
-    config = write_config(workshop.data, values_of(workshop, tmp_path / "file" / "disk", every=10), "fast-nowhere")
+    values = values_of(workshop, tmp_path / "file" / "disk", every=9, steps=4)
+    config = write_config(workshop.data, values, "fast-nowhere")
     refused = run_here(finetune.main, "--config", str(config))
     assert refused.code == 2 and "checkpoint.fast.path=" in refused.output, refused.output
+    assert "or leave checkpoint.fast away" in refused.output
+    begun = run_here(finetune.main, "--config", str(config), "checkpoint.fast=null")
+    assert begun.code == 0, begun.output
+    gone_on = run_here(finetune.main, "--config", str(config), "training.steps=6")
+    assert gone_on.code == 0 and "resuming from step 4" in gone_on.output, gone_on.output
 
 
 def test_a_disk_that_is_full_costs_the_fast_tier_alone(

@@ -6,7 +6,7 @@ import pickle
 
 from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, root_cause
 from cluster.ray_train import bundles_that_fit
-from trainer.errors import CheckpointCorrupt, DiskFull, NonFiniteStep, SaveFailed
+from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach, DiskFull, NonFiniteStep, SaveFailed
 from trainer.model import ModelError
 from trainer.run_directory import WorkerError
 
@@ -34,6 +34,15 @@ def test_a_lost_worker_is_retried_until_nothing_moves() -> None:
     assert action(*[failed(i, i + 1) for i in range(50)]) == Action.RETRY
     assert action(failed(0, 5), failed(5, 5), failed(5, 5), failed(5, 5)) == Action.FAIL
     assert "cluster.max_failures_without_progress" in decide([failed(0, 0)] * 3, 2, stop_wanted=False).reason
+
+
+def test_what_is_lost_again_and_again_is_no_progress() -> None:
+    """Of the fast tier: an attempt commits, its node goes, the next one finds that out, and so on for ever."""
+    lost = [failed(500, 550), failed(550, 500, CheckpointOutOfReach("550", "its node is gone"))]
+    assert action(*lost) == Action.RETRY and action(*lost, *lost) == Action.RETRY
+    assert action(*lost, *lost, *lost, *lost) == Action.FAIL
+    unusable = [failed(step, 0, CheckpointCorrupt(str(step), "a bit")) for step in (9, 8, 7, 6, 5)]
+    assert action(*unusable) == Action.RETRY, "there are only so many of them"
 
 
 def test_what_no_retry_can_help_is_not_retried() -> None:
@@ -73,6 +82,11 @@ def test_root_cause_is_the_error_raised_on_purpose() -> None:
     collateral = WorkerError.of(0, RuntimeError("connection reset"))
     cause = WorkerError.of(3, NonFiniteStep("nan"))
     assert root_cause([collateral, cause]) == cause
+    elsewhere, corrupt = (
+        WorkerError.of(0, CheckpointOutOfReach("5", "a copy")),
+        WorkerError.of(3, CheckpointCorrupt("5", "bit")),
+    )
+    assert root_cause([elsewhere, corrupt]) == corrupt
     assert root_cause([]) is None
 
 

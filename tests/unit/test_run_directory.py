@@ -14,13 +14,14 @@ from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from launch.job import find_init
 from tests.support.tiny import DRAFT
+from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef, directory_name
 from trainer.checkpoint_manifest import MANIFEST, Progress
 from trainer.config import CheckpointConfig
-from trainer.errors import RunHeld
+from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach, RunHeld
 from trainer.rank_file import RankFile
 from trainer.retention import Sparing, prune
-from trainer.run_directory import AttemptStart, RunDirectory, fences
+from trainer.run_directory import AttemptStart, RunDirectory, WorkerError, fences
 from trainer.survey import (
     NoUsableCheckpoint,
     durable_checkpoints,
@@ -44,6 +45,14 @@ def commit(run: RunDirectory, attempt: str, step: int, files_at: str | None = No
     manifest = replace(progressed, world_size=1, files=(entry,), files_at=files_at)
     folder.write(MANIFEST, [manifest.to_bytes()])
     return name
+
+
+def found_unusable(run: RunDirectory, parent: AttemptStart, name: str, *, corrupt: bool) -> RunDirectory:
+    """An attempt began with this checkpoint, and failed by it."""
+    problem = CheckpointCorrupt(name, "a bit") if corrupt else CheckpointOutOfReach(name, "its node is gone")
+    start = run.start_attempt(parent, checkpoint.read_manifest(run.checkpoints, name), ())
+    run.write_error(start.attempt, WorkerError.of(0, problem))
+    return run
 
 
 def kept_by(run: RunDirectory, attempt: str, sparing: Sparing = Sparing.AS_CONFIGURED, **options: Any) -> list[str]:
@@ -140,7 +149,7 @@ def test_nothing_usable_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
     start = run.start_attempt(None, None, ())
     name = commit(run, start.attempt, 5)
     with pytest.raises(NoUsableCheckpoint, match=re.escape(f"none of its committed checkpoints can be used ({name}")):
-        newest_usable(run, excluded={name: "it did not read back"})
+        newest_usable(found_unusable(run, start, name, corrupt=True))
     (tmp_path / "checkpoints" / name / MANIFEST).write_bytes(b"cut off")
     with pytest.raises(NoUsableCheckpoint, match=r"run\.name"):
         newest_usable(run)
@@ -166,8 +175,8 @@ def test_every_nth_and_the_best_stay_also_on_a_full_disk(tmp_path: Path) -> None
         # At step 30 nothing was evaluated: its loss is that of another step, and no reason to keep it.
         commit(run, attempt, step, eval_loss=loss, eval_step=29 if step == 30 else step)
     options = {"keep_last": 2, "keep_every": 25, "keep_best": 2}
-    assert committed(kept_by(run, attempt, **options)) == [20, 40, 50, 60, 70]
-    assert committed(kept_by(run, attempt, Sparing.NEWEST, **options)) == [20, 40, 50, 70]
+    assert committed(kept_by(run, attempt, **options)) == [20, 30, 40, 50, 60, 70]
+    assert committed(kept_by(run, attempt, Sparing.NEWEST, **options)) == [20, 30, 40, 50, 70]
     assert committed(kept_by(run, attempt, Sparing.NEWEST, keep_last=3)) == [70]
 
 

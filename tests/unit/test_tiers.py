@@ -16,18 +16,22 @@ from data_shards.storage import Storage
 from launch import checkpoints
 from tests.support.command import run_here
 from tests.support.tiny import DRAFT
-from tests.unit.test_run_directory import commit
+from tests.unit.test_run_directory import commit, found_unusable
 from trainer.checkpoint import directory_name, is_fast, parse_name, read_manifest
 from trainer.checkpoint_manifest import KIND, VERSION, CheckpointManifest, ParameterEntry
 from trainer.checkpointing import Cadence, Tier
 from trainer.config import CheckpointConfig, FastTierConfig
 from trainer.fast_tier import FastTier, folder_on_node, needed_files
-from trainer.retention import Sparing, prune
+from trainer.retention import prune
 from trainer.run_directory import RunDirectory
 from trainer.survey import NoUsableCheckpoint, newest_usable, survey
 
 AT = "/nvme/run-12345678"
 FAST = FastTierConfig(path="/nvme", every_steps=5, keep_last=2)
+
+
+def silent(line: str) -> None:
+    pass
 
 
 def steps_of(run: RunDirectory) -> list[tuple[int, bool]]:
@@ -39,7 +43,8 @@ def steps_of(run: RunDirectory) -> list[tuple[int, bool]]:
     [
         ({"path": "nvme", "every_steps": 5}, "give an absolute path"),
         ({"path": "s3://bucket/x", "every_steps": 5}, "an object store belongs in run.storage"),
-        ({"path": "/nvme", "every_steps": 100}, "fast.every_steps=100 is not less than every_steps=100"),
+        ({"path": "/nvme", "every_steps": 100}, "not a multiple, and more, of fast.every_steps=100"),
+        ({"path": "/nvme", "every_steps": 7}, "every_steps=100 is not a multiple, and more, of fast.every_steps=7"),
     ],
 )
 def test_what_makes_no_sense_is_refused(values: dict[str, object], problem: str) -> None:
@@ -72,14 +77,27 @@ def test_readers_of_version_3_take_durable_ones_and_refuse_fast_ones() -> None:
 
 def test_the_newest_of_either_and_of_one_step_the_durable_one(tmp_path: Path) -> None:
     run = RunDirectory.at(str(tmp_path))
-    attempt = run.start_attempt(None, None, ()).attempt
-    for step, files_at in ((10, None), (15, AT), (20, AT), (20, None), (25, AT)):
-        commit(run, attempt, step, files_at)
-    assert steps_of(run) == [(10, False), (15, True), (20, True), (20, False), (25, True)]
-    newest = newest_usable(run, lambda line: None)
-    assert newest is not None and newest.name == directory_name(25, attempt, fast=True)
-    without = newest_usable(run, lambda line: None, {newest.name: "its node is gone"})
-    assert without is not None and without.name == directory_name(20, attempt)
+    attempt = run.start_attempt(None, None, ())
+    for step, files_at in ((10, None), (15, AT), (20, AT), (20, None), (22, AT), (25, AT)):
+        commit(run, attempt.attempt, step, files_at)
+    assert steps_of(run) == [(10, False), (15, True), (20, True), (20, False), (22, True), (25, True)]
+    newest = newest_usable(run, silent)
+    assert newest is not None and newest.name == directory_name(25, attempt.attempt, fast=True)
+    found_unusable(run, attempt, newest.name, corrupt=False)
+    without = newest_usable(run, silent)
+    assert without is not None and without.name == directory_name(20, attempt.attempt), "all that were on the nodes"
+
+
+def test_where_one_is_corrupt_the_fast_one_before_it_is_taken(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    first = run.start_attempt(None, None, ())
+    for step, files_at in ((20, None), (22, AT), (25, AT)):
+        commit(run, first.attempt, step, files_at)
+    found_unusable(run, first, directory_name(25, first.attempt, fast=True), corrupt=True)
+    without = newest_usable(run, silent)
+    assert without is not None and without.step == 22
+    second = run.start_attempt(run.lineage()[-1], without, ())
+    assert [ref.step for ref in survey(run).usable] == [20, 22] and second.start_step == 22
 
 
 def test_each_tier_has_its_own_retention(tmp_path: Path) -> None:
@@ -88,27 +106,41 @@ def test_each_tier_has_its_own_retention(tmp_path: Path) -> None:
     for step in range(5, 50, 5):
         commit(run, attempt, step, None if step % 20 == 0 else AT, eval_loss=float(step), eval_step=step)
     config = CheckpointConfig(keep_last=1, keep_every=5, keep_best=1, fast=FAST)
+    assert steps_of(run)[-2:] == [(40, False), (45, True)]
     prune(run, config, attempt)
-    assert steps_of(run) == [(20, False), (35, True), (40, False), (45, True)], "keep_every and keep_best: durable ones"
+    assert steps_of(run) == [(20, False), (40, False), (45, True)], "what is older than a durable one is of no use"
+    for step in (50, 55):
+        commit(run, attempt, step, AT)
     prune(run, CheckpointConfig(keep_last=1, fast=FAST), attempt)
-    assert steps_of(run) == [(35, True), (40, False), (45, True)]
+    assert steps_of(run) == [(40, False), (50, True), (55, True)]
     prune(run, CheckpointConfig(keep_last=1), attempt)
-    assert steps_of(run) == [(40, False), (45, True)], "the newest of all stays, the tier configured or not"
-    prune(run, CheckpointConfig(keep_last=1, fast=FAST), attempt, Sparing.FINISHED)
-    assert steps_of(run) == [(40, False)]
+    assert steps_of(run) == [(40, False), (55, True)], "the newest of all stays, the tier configured or not"
 
 
-def test_a_run_whose_durable_checkpoints_are_lost_does_not_begin_anew(tmp_path: Path) -> None:
+def test_runs_begin_anew_only_where_nothing_durable_was_lost(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    first = run.start_attempt(None, None, ())
+    name = commit(run, first.attempt, 5, AT)
+    said: list[str] = []
+    assert newest_usable(found_unusable(run, first, name, corrupt=False), said.append) is None
+    assert "those are lost: the run begins anew" in said[-1]
+    anew = run.start_attempt(run.lineage()[-1], None, ())
+    run.checkpoints.delete_tree(name)
+    assert newest_usable(run, said.append) is None, "that was before the new beginning"
+    durable = commit(run, anew.attempt, 10)
+    found_unusable(run, anew, durable, corrupt=True)
+    with pytest.raises(NoUsableCheckpoint, match=durable):
+        newest_usable(run, said.append)
+
+
+def test_where_even_the_manifests_are_gone_somebody_removed_them(tmp_path: Path) -> None:
     run = RunDirectory.at(str(tmp_path))
     first = run.start_attempt(None, None, ())
     commit(run, first.attempt, 5, AT)
-    name = directory_name(5, first.attempt, fast=True)
-    said: list[str] = []
-    assert newest_usable(run, said.append, {name: "its node is gone"}) is None
-    assert "those are lost: the run begins anew" in said[-1]
-    durable = commit(run, first.attempt, 10)
-    with pytest.raises(NoUsableCheckpoint, match=f"{name}, {durable}"):
-        newest_usable(run, said.append, {name: "its node is gone", durable: "a bit is wrong"})
+    run.start_attempt(first, newest_usable(run, silent), ())
+    run.storage.delete_tree("checkpoints")
+    with pytest.raises(NoUsableCheckpoint, match="they are gone"):
+        newest_usable(run, silent)
 
 
 def test_a_node_is_cleared_of_what_is_no_longer_a_checkpoint(tmp_path: Path) -> None:
@@ -116,7 +148,7 @@ def test_a_node_is_cleared_of_what_is_no_longer_a_checkpoint(tmp_path: Path) -> 
     before = run.start_attempt(None, None, ())
     now = run.start_attempt(before, None, ())
     folder = folder_on_node(str(tmp_path / "nvme"), run.storage)
-    tier = FastTier.open(str(tmp_path / "nvme"), run)
+    tier = FastTier.open(str(tmp_path / "nvme"), run, now.attempt)
     later = run.start_attempt(now, None, ())
     kept = commit(run, now.attempt, 10, folder.uri)
     writing = directory_name(15, now.attempt, fast=True)
@@ -126,6 +158,12 @@ def test_a_node_is_cleared_of_what_is_no_longer_a_checkpoint(tmp_path: Path) -> 
         folder.child(name).write("rank-00000.safetensors", [b"x"])
     tier.clear(writing)
     assert folder.list() == sorted([kept, writing, unknown, "notes"])
+    (tmp_path / "storage").rename(tmp_path / "away")
+    tier.clear()
+    assert kept in folder.list(), "a storage that is away for a moment looks as if there were no manifests"
+    (tmp_path / "away").rename(tmp_path / "storage")
+    tier.leave()
+    assert folder.list() == sorted([unknown, "notes"])
     assert folder_on_node(str(tmp_path / "nvme"), Storage.at(tmp_path / "other" / "mine")) != folder
 
 
@@ -133,7 +171,7 @@ def test_only_one_rank_of_a_node_clears(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("LOCAL_RANK", "1")
     run = RunDirectory.at(str(tmp_path / "storage"))
     attempt = run.start_attempt(None, None, ()).attempt
-    tier = FastTier.open(str(tmp_path / "nvme"), run)
+    tier = FastTier.open(str(tmp_path / "nvme"), run, attempt)
     tier.folder.child(directory_name(5, attempt, fast=True)).write("x", [b"x"])
     tier.clear()
     assert tier.folder.list()
@@ -171,7 +209,7 @@ def test_verify_reads_what_is_here_and_names_what_is_away(tmp_path: Path) -> Non
         run.checkpoints.delete_file(f"{name}/rank-00000.safetensors")
     told = run_here(checkpoints.main, "verify", str(tmp_path / "run"))
     assert told.code == 0 and f"good  {here}" in told.output, told.output
-    assert f"away  {away}  checkpoint {away}: rank-00000.safetensors is not on this node, in {tmp_path}" in told.output
+    assert f"away  {away}  checkpoint {away}: whole in {tmp_path}/nvme on no node that is here" in told.output
     listed = run_here(checkpoints.main, "list", str(tmp_path / "run")).output
     assert f"{away}  on the nodes, in {tmp_path}/nvme" in listed
     (tmp_path / "nvme" / here / "rank-00000.safetensors").write_bytes(b"y")
