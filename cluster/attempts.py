@@ -17,7 +17,7 @@ from cluster.run_metrics import RunState
 from cluster.run_monitor import Monitor, NoMonitor
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
-from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
+from trainer.run_directory import AttemptStart, RunDirectory, Say, read_json, utc_now, write_json
 from trainer.survey import NoUsableCheckpoint, quarantine, survey, tip_and_newest
 
 
@@ -100,25 +100,23 @@ def run_attempts(
     Raises RunHeld once the run is another launcher's; nothing is written about it then.
     """
     history: list[AttemptEnd] = []
-    corrupt: dict[str, str] = {}
+    unusable: dict[str, str] = {}
     stop = _StopRequest(run, say)
     lease.when_lost(stop.lose)
     monitor = monitor or NoMonitor()
     with stop.listening():
         while True:
-            try:
-                parent, resume_from = tip_and_newest(run, say, corrupt)
-            except NoUsableCheckpoint as error:
-                return Submission(Decision(Action.FAIL, str(error)), len(run.lineage()), None)
             monitor.set_state(RunState.WAITING)
             has_room = launcher.wait_for_room(lambda: stop.wanted, say)
             lease.check()
+            try:  # only now: while this one waited, workers that it took the run from may have committed, and removed
+                parent, resume_from = tip_and_newest(run, say, unusable)
+            except NoUsableCheckpoint as error:
+                return Submission(Decision(Action.FAIL, str(error)), len(run.lineage()), None)
             if not has_room:
                 step = resume_from.step if resume_from else 0
                 decision = decide_without_room(step, stop_wanted=stop.wanted)
                 return Submission(decision, parent.number if parent else 0, resume_from)
-            # Once more: while this one waited, workers that it took the run from may have committed, and removed.
-            parent, resume_from = tip_and_newest(run, lambda line: None, corrupt)
             start = run.start_attempt(parent, resume_from, allowed_changes, term=lease.term, claim=lease.id)
             where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
             say(f"attempt {start.number} ({start.attempt}): {where}")
@@ -127,11 +125,8 @@ def run_attempts(
             stop.forward()
             lost = launcher.run(make_spec(start.attempt, resume_from))
             lease.check()
-            end = _end_of(run, start.attempt, start.start_step, lost, corrupt)
+            end = _end_of(run, start, lost, unusable, say)
             history.append(end)
-            if end.error is not None and end.error.checkpoint is not None:
-                corrupt[end.error.checkpoint] = end.error.message
-                _quarantine(run, end.error.checkpoint, end.error.message, say)
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
             if decision.action == Action.RETRY:
                 monitor.set_state(RunState.WAITING)
@@ -144,7 +139,7 @@ def run_attempts(
             with suppress(OSError):  # for people; a full disk must not change what follows
                 write_json(run.attempt(start.attempt), "decision.json", record)
             if decision.action != Action.RETRY:
-                return Submission(decision, start.number, _newest(run, corrupt))
+                return Submission(decision, start.number, _newest(run, unusable))
 
 
 def _quarantine(run: RunDirectory, name: str, reason: str, say: Say) -> None:
@@ -154,16 +149,21 @@ def _quarantine(run: RunDirectory, name: str, reason: str, say: Say) -> None:
         say(f"checkpoint {name} could not be put in quarantine: {error}")
 
 
-def _newest(run: RunDirectory, corrupt: Mapping[str, str]) -> CheckpointRef | None:
+def _newest(run: RunDirectory, unusable: Mapping[str, str]) -> CheckpointRef | None:
     """For reports: None also where nothing can be used."""
-    usable = survey(run, corrupt).usable
+    usable = survey(run, unusable).usable
     return usable[-1] if usable else None
 
 
-def _end_of(run: RunDirectory, attempt: str, start_step: int, lost: str, corrupt: Mapping[str, str]) -> AttemptEnd:
-    newest = _newest(run, corrupt)
+def _end_of(run: RunDirectory, start: AttemptStart, lost: str, unusable: dict[str, str], say: Say) -> AttemptEnd:
+    """Look at what the attempt has left; a checkpoint that it found to be unusable is not used again."""
+    end = read_json(run.attempt(start.attempt), "end.json")
+    error = None if end is not None else root_cause(run.errors_of(start.attempt))
+    newest = _newest(run, unusable)
     committed = newest.step if newest else 0
-    end = read_json(run.attempt(attempt), "end.json")
-    if end is not None:
-        return AttemptEnd(EndKind(end["outcome"]), start_step, committed)
-    return AttemptEnd(EndKind.FAILED, start_step, committed, root_cause(run.errors_of(attempt)), lost)
+    if error is not None and error.checkpoint is not None:
+        unusable[error.checkpoint] = error.message
+        if error.corrupt:
+            _quarantine(run, error.checkpoint, error.message, say)
+    kind = EndKind(end["outcome"]) if end is not None else EndKind.FAILED
+    return AttemptEnd(kind, start.start_step, committed, error, lost if end is None else "")

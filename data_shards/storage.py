@@ -162,9 +162,7 @@ class Storage:
             return file.read()
 
     def open(self, relative: str) -> pa.NativeFile:
-        """For random access; memory-mapped where it is local. What is read from it is not tried again."""
-        if self.local_path is not None:
-            return pa.memory_map(self._full(relative), "r")
+        """For random access. What is read from it is not tried again."""
         return self.retrying(lambda: self._filesystem.open_input_file(self._full(relative)), "opening", relative)
 
     def size(self, relative: str) -> int | None:

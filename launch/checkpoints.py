@@ -15,6 +15,7 @@ from launch.cli import VERBS, run_verb
 from launch.exit_codes import ExitCode
 from launch.runs import location
 from trainer import checkpoint
+from trainer.errors import CheckpointOutOfReach
 from trainer.run_directory import RunDirectory
 from trainer.survey import lines_of, release, survey
 
@@ -36,8 +37,10 @@ def _list(run: RunDirectory) -> int:
         manifest = ref.manifest
         size = sum(entry.size for entry in manifest.files)
         loss = f"{manifest.progress.last_loss:.4f}" if manifest.progress.last_loss is not None else "-"
+        where = f"  on the nodes, in {manifest.files_at}" if manifest.fast else ""
         print(
-            f"step {ref.step:>8}  {manifest.created}  W={manifest.world_size}  {size:,} bytes  loss {loss}  {ref.name}"
+            f"step {ref.step:>8}  {manifest.created}  W={manifest.world_size}  {size:,} bytes  loss {loss}  "
+            f"{ref.name}{where}"
         )
     for line in lines_of(found):
         print(line)
@@ -53,6 +56,8 @@ def _verify(run: RunDirectory) -> int:
             print(f"good  {name}  {sum(entry.size for entry in ref.manifest.files):,} bytes{released}")
         except FileNotFoundError:
             print(f"none  {name}  never committed (no manifest)")
+        except CheckpointOutOfReach as error:
+            print(f"away  {name}  {error}")
         except CorruptFile as error:
             bad += 1
             print(f"BAD   {name}  {error}")

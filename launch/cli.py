@@ -10,6 +10,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from data_shards.errors import BadInput, BatonError
 from launch.config import Config, load_config, resolve_paths
@@ -28,6 +29,10 @@ VERBS = {
     "checkpoints": "list or verify a run's checkpoints",
     "runs": "list the runs under a storage path",
 }
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def say(text: str) -> None:
@@ -87,8 +92,23 @@ def run_verb(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> 
         return int(ExitCode.FAILED)
 
 
-def main() -> int:
+def end_process(code: int) -> NoReturn:
+    """Where all is done. Under torchrun without the interpreter's and the libraries' own clean-up: now and then it
+    aborts a process that was in a gloo group, even one that has left it ("terminate called without an active
+    exception"), and torchrun takes all others down with it."""
+    if under_torchrun():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def main() -> NoReturn:
     """The console script."""
+    end_process(_run_named_verb())
+
+
+def _run_named_verb() -> int:
     if len(sys.argv) < 2 or sys.argv[1] not in VERBS:
         verbs = "\n".join(f"  {name:12} {text}" for name, text in VERBS.items())
         print(f"usage: baton VERB …\n\n{verbs}\n\n'baton VERB --help' says more.", file=sys.stderr)

@@ -19,7 +19,7 @@ from cluster.launcher import WorkerLauncher, launching
 from data_shards.errors import BadInput, BatonError
 from data_shards.prepare import VALIDATION, Prepared
 from data_shards.reading.shard_reader import SplitReader
-from launch.cli import config_from, config_parser, run_verb, say
+from launch.cli import config_from, config_parser, end_process, run_verb, say, under_torchrun
 from launch.config import Config
 from launch.evaluation_subject import (
     Subject,
@@ -32,7 +32,7 @@ from launch.evaluation_subject import (
 from launch.exit_codes import ExitCode
 from launch.job import prepare_data
 from launch.places import open_run
-from launch.torchrun import agree, under_torchrun
+from launch.torchrun import agree
 from trainer.config import EvaluationTask, WorkerSpec
 from trainer.model import locate_base
 from trainer.run_directory import RunDirectory, read_json
@@ -185,4 +185,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(main, sys.argv[1:]))
+    end_process(run_verb(main, sys.argv[1:]))

@@ -15,7 +15,7 @@ from cluster.launcher import WorkerLauncher, launching
 from cluster.lease import Lease, holding
 from cluster.run_metrics import RunState
 from data_shards.errors import BadInput
-from launch.cli import config_from, config_parser, run_verb, say
+from launch.cli import config_from, config_parser, end_process, run_verb, say, under_torchrun
 from launch.config import Config, to_yaml
 from launch.exit_codes import ExitCode
 from launch.job import Job, export_if_asked, make_job, settle, write_result
@@ -23,7 +23,7 @@ from launch.places import open_run_to_write
 from launch.plan import report_of
 from launch.plan_inputs import find_target, plan_of_prepared
 from launch.plan_text import lines_of, problem
-from launch.torchrun import finetune_as_worker, under_torchrun
+from launch.torchrun import finetune_as_worker
 from trainer.errors import RunHeld
 
 _EXIT_CODES = {
@@ -138,4 +138,4 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb(main, sys.argv[1:]))
+    end_process(run_verb(main, sys.argv[1:]))

@@ -25,8 +25,9 @@ from trainer.checkpoint_manifest import Progress
 from trainer.config import Method, WorkerSpec
 from trainer.model import locate_base, max_positions, model_config
 from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
-from trainer.survey import newest_usable, usable_checkpoints
-from trainer.worker import total_rows, versions
+from trainer.survey import durable_checkpoints, newest_usable
+from trainer.versions import versions
+from trainer.worker import total_rows
 
 _BASE_KEY = "model.base"
 _BATCH_KEY = "training.global_batch"
@@ -100,9 +101,9 @@ def find_init(init_from: str) -> str:
     named = _AT_STEP.fullmatch(init_from)
     folder, step = named.groups() if named else (init_from, None)
     run = RunDirectory.at(folder)
-    found = [ref for ref in usable_checkpoints(run) if step is None or ref.step == int(step)]
+    found = [ref for ref in durable_checkpoints(run) if step is None or ref.step == int(step)]
     if not found:
-        there = ", ".join(str(ref.step) for ref in usable_checkpoints(run)) or "none"
+        there = ", ".join(str(ref.step) for ref in durable_checkpoints(run)) or "none"
         raise BadInput(f"init_from={init_from!r}: no such checkpoint; committed steps there: {there}")
     return run.checkpoints.uri_of(found[-1].name)
 
@@ -196,7 +197,7 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     for difference in found:
         say(f"changed on purpose (resume.allow): {difference}")
     newest = newest_usable(job.run, say)
-    finished = newest is not None and newest.manifest.progress.rows_consumed >= job.sampler.total_rows
+    finished = newest is not None and _ends(newest, job.sampler)
     if not finished:
         _check_base(job, newest)
     if newest is not None and not finished:
@@ -204,6 +205,11 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     if found and record:
         write_json(job.run.storage, "run.json", now)
     return Standing(newest, finished, tuple(str(d) for d in found))
+
+
+def _ends(newest: CheckpointRef, sampler: Sampler) -> bool:
+    """Whether nothing is left to do: one of the fast tier has yet to become a durable one."""
+    return not newest.manifest.fast and newest.manifest.progress.rows_consumed >= sampler.total_rows
 
 
 def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:

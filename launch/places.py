@@ -11,7 +11,7 @@ from trainer.base_identity import NOTES, base_identity
 from trainer.checkpoint import CheckpointRef
 from trainer.config import ModelConfig
 from trainer.run_directory import RunDirectory
-from trainer.survey import usable_checkpoints
+from trainer.survey import durable_checkpoints
 
 
 def at_commit(model: ModelConfig, base: Path) -> ModelConfig:
@@ -45,7 +45,7 @@ def open_run_to_write(config: Config) -> RunDirectory:
 
 def newest_checkpoint(run: RunDirectory, step: int | None = None) -> CheckpointRef:
     """The newest usable checkpoint, or the one of ``step``. Raises BadInput where there is none."""
-    usable = usable_checkpoints(run)
+    usable = durable_checkpoints(run)
     chosen = [ref for ref in usable if step is None or ref.step == step]
     if not chosen:
         there = ", ".join(str(ref.step) for ref in usable) or "none"

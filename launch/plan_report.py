@@ -10,7 +10,7 @@ from launch.plan_inputs import DataPlan, Target, evaluates
 from launch.plan_remedies import Remedy, remedies
 from trainer.batch_geometry import rank_micro_batches
 from trainer.config import STATE_KEYS
-from trainer.disk_plan import checkpoint_bytes, export_bytes, retained_checkpoints, staging_bytes
+from trainer.disk_plan import checkpoint_bytes, export_bytes, fast_tier_bytes, retained_checkpoints, staging_bytes
 from trainer.memory_plan import MemoryPlan, Workload, memory_plan
 from trainer.model_shape import ModelShape, count
 from trainer.worker import total_rows
@@ -38,6 +38,8 @@ class DiskPlan:
     exports: dict[str, int]
     dataset_bytes: int | None
     free_bytes: int | None
+    fast_bytes_per_worker: int
+    """of the fast tier, on its node's own disk, at the worst moment"""
 
     @property
     def needed_bytes(self) -> int:
@@ -115,6 +117,7 @@ def make_report(
             exports=_exports(config, shape),
             dataset_bytes=data.bytes,
             free_bytes=free_bytes,
+            fast_bytes_per_worker=fast_tier_bytes(config.checkpoint, shape.trained, workload.world_size, keys),
         ),
     )
 

@@ -77,6 +77,8 @@ def _host_and_disk_lines(report: Report) -> Iterator[str]:
     free = "free room unknown" if disk.free_bytes is None else f"{_gib(disk.free_bytes)} free: {verdict}"
     yield f"         {dataset} dataset"
     yield f"         {_gib(disk.needed_bytes)} in all under run.storage, {free}"
+    if each := disk.fast_bytes_per_worker:
+        yield f"         {_gib(each * per_node)} on a node's own disk for the fast tier"
 
 
 def problem(report: Report) -> str | None:

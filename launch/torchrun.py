@@ -30,10 +30,6 @@ _TOLD_APART = (BadInput, RunHeld)
 """Errors that have exit codes of their own, on every rank"""
 
 
-def under_torchrun() -> bool:
-    return "TORCHELASTIC_RUN_ID" in os.environ
-
-
 def agree(begin: Callable[[], WorkerSpec | None]) -> WorkerSpec | None:
     """What rank 0's ``begin`` gives, on every rank; elsewhere ``begin`` is not called. None: there is nothing to do.
 

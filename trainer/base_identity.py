@@ -19,7 +19,8 @@ from pathlib import Path
 import xxhash
 
 from data_shards.errors import CorruptFile
-from data_shards.storage import BLOCK_BYTES, Storage
+from data_shards.hashed_file import BLOCK_BYTES
+from data_shards.storage import Storage
 from trainer.config import ModelConfig
 from trainer.errors import ModelError
 from trainer.model import weight_files

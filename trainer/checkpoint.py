@@ -1,7 +1,9 @@
 """Saving and loading the trained state: rank files first, one manifest last, any world size back.
 
-Layout under ``checkpoints/``: ``<step>-<attempt>/rank-00000.safetensors …``, ``receipts/rank-00000.json …`` (how rank 0
-learns sizes and hashes, without a collective), ``manifest.json``. No attempt writes into another's directory.
+Layout under ``checkpoints/``: ``<step>-<attempt>/rank-00000.safetensors …``, ``rank-00000.hashes …``,
+``receipts/rank-00000.json …`` (how rank 0 learns sizes and hashes, without a collective), ``manifest.json``. Of the
+fast tier (``fast_tier.py``) the folder is ``<step>-<attempt>.fast``, and the rank files lie elsewhere. No attempt
+writes into another's directory.
 """
 
 from __future__ import annotations
@@ -21,15 +23,16 @@ from data_shards.storage import Storage
 from data_shards.verified_reader import Piece, VerifiedReader, by_span
 from trainer.checkpoint_manifest import MANIFEST, CheckpointManifest, ParameterEntry
 from trainer.engine import ZeroEngine
-from trainer.errors import CheckpointCorrupt
-from trainer.rank_file import RANK_BLOCK_BYTES, RankFile
+from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach
+from trainer.rank_file import RANK_BLOCK_BYTES, RankFile, place_of
 from trainer.slices import overlaps
 from trainer.staging import Staging
 from trainer.tensor_files import TensorFile, TensorSpec, write_tensors
 
 Slices = Mapping[str, torch.Tensor]
 """``name/part`` to the 1-D fp32 elements that a rank holds."""
-_NAME = re.compile(r"(\d{8,})-(.+)")
+_FAST = ".fast"
+_NAME = re.compile(rf"(\d{{8,}})-(.+?)(?:{re.escape(_FAST)})?")
 _RECEIPTS = "receipts"
 _READERS = 8
 """Threads of a rank: a network file system or an object store answers many requests at once."""
@@ -47,8 +50,17 @@ class CheckpointRef:
         return self.manifest.progress.step
 
 
-def directory_name(step: int, attempt: str) -> str:
-    return f"{step:08d}-{attempt}"
+def directory_name(step: int, attempt: str, *, fast: bool = False) -> str:
+    return f"{step:08d}-{attempt}{_FAST if fast else ''}"
+
+
+def is_fast(name: str) -> bool:
+    """Whether a directory's name is that of a checkpoint of the fast tier."""
+    return name.endswith(_FAST)
+
+
+def name_of(manifest: CheckpointManifest) -> str:
+    return directory_name(manifest.progress.step, manifest.attempt, fast=manifest.fast)
 
 
 def parse_name(name: str) -> tuple[int, str]:
@@ -78,17 +90,23 @@ def completed(draft: CheckpointManifest, engine: ZeroEngine) -> CheckpointManife
 
 def target_of(checkpoints: Storage, manifest: CheckpointManifest) -> Storage:
     """Where a checkpoint is written. Raises BatonError where one was committed already."""
-    target = checkpoints.child(directory_name(manifest.progress.step, manifest.attempt))
+    target = checkpoints.child(name_of(manifest))
     if target.exists(MANIFEST):
         raise BatonError(f"{target.uri} is committed already; an attempt must not write there twice")
     return target
 
 
-def write_rank(target: Storage, rank: int, slices: Slices) -> None:
-    """Write a rank's slices and their hashes, then its receipt."""
+def files_folder(target: Storage, manifest: CheckpointManifest) -> Storage:
+    """Where rank files are written: beside the manifest, or of the fast tier on this node's disk."""
+    return target if manifest.files_at is None else Storage.at(manifest.files_at).child(name_of(manifest))
+
+
+def write_rank(target: Storage, rank: int, slices: Slices, place: Storage | None = None) -> None:
+    """Write a rank's slices and their hashes, to ``place`` where that is not ``target``; then its receipt."""
+    place = place or target
     specs = {key: TensorSpec(tuple(value.shape), value.dtype) for key, value in slices.items()}
-    entry = write_tensors(target, rank_file(rank), specs, slices.__getitem__, block_bytes=RANK_BLOCK_BYTES)
-    hashes = target.write(hash_file(rank), [entry.digests])
+    entry = write_tensors(place, rank_file(rank), specs, slices.__getitem__, block_bytes=RANK_BLOCK_BYTES)
+    hashes = place.write(hash_file(rank), [entry.digests])
     listed = RankFile(entry.path, entry.size, entry.block_bytes, hashes)
     target.write(f"{_RECEIPTS}/{_receipt(rank)}", [json.dumps(listed.to_json()).encode()])
 
@@ -108,7 +126,7 @@ def commit(target: Storage, manifest: CheckpointManifest) -> CheckpointRef:
     files = tuple(RankFile.from_json(json.loads(target.read(path)), target.uri_of(path)) for path in paths)
     whole = replace(manifest, files=files)
     target.write(MANIFEST, [whole.to_bytes()])
-    return CheckpointRef(directory_name(whole.progress.step, whole.attempt), whole)
+    return CheckpointRef(name_of(whole), whole)
 
 
 def discard(target: Storage) -> None:
@@ -209,7 +227,7 @@ class SliceReader:
                     target = into[found.offset : found.offset + found.stop - found.start]
                     piece = self._file(found.source_rank).piece(f"{name}/{part}", found.start, target)
                     pieces.setdefault(found.source_rank, []).append(piece)
-            jobs = [(self._file(rank).bytes, span) for rank, some in pieces.items() for span in by_span(some)]
+            jobs = [(self._file(rank).verified, span) for rank, some in pieces.items() for span in by_span(some)]
             for _ in self._pool.map(lambda job: job[0].read_span(job[1]), jobs):
                 pass
         except CorruptFile as error:
@@ -222,27 +240,36 @@ class SliceReader:
     def _file(self, rank: int) -> TensorFile:
         if rank not in self._files:
             listed = self._ref.manifest.files[rank]
-            self._files[rank] = TensorFile(self._directory, listed.hashed(self._directory))
+            place = place_of(self._directory, self._ref.name, self._ref.manifest.files_at, listed)
+            self._files[rank] = TensorFile(place, listed.hashed(place))
         return self._files[rank]
 
 
 def read_manifest(checkpoints: Storage, name: str) -> CheckpointRef:
-    """Raises FileNotFoundError where nothing was committed, CorruptFile where manifest or a file's size is wrong."""
+    """Raises FileNotFoundError where nothing was committed, CorruptFile where manifest or a file's size is wrong.
+
+    Of the fast tier files are not looked at: they may lie on other nodes.
+    """
     directory = checkpoints.child(name)
     sizes = directory.sizes()  # one request for a thousand ranks
     if MANIFEST not in sizes:
         raise FileNotFoundError(directory.uri_of(MANIFEST))
     manifest = CheckpointManifest.from_bytes(directory.read(MANIFEST), directory.uri_of(MANIFEST))
-    for entry in manifest.files:
-        entry.check_sizes(sizes, directory)
+    if not manifest.fast:
+        for entry in manifest.files:
+            entry.check_sizes(sizes, directory)
     return CheckpointRef(name, manifest)
 
 
 def verify(checkpoints: Storage, name: str) -> CheckpointRef:
-    """Read every byte of a checkpoint. Raises CorruptFile or FileNotFoundError with the file and what is wrong."""
+    """Read every byte of a checkpoint. Raises CorruptFile or FileNotFoundError with the file and what is wrong;
+    CheckpointOutOfReach where it is of the fast tier, and not all of it is on this node."""
     ref = read_manifest(checkpoints, name)
     for entry in ref.manifest.files:
-        reader = VerifiedReader(checkpoints.child(name), entry.hashed(checkpoints.child(name)))
+        place = place_of(checkpoints.child(name), name, ref.manifest.files_at, entry)
+        if ref.manifest.fast and not entry.is_whole(place):
+            raise CheckpointOutOfReach(name, f"{entry.path} is not on this node, in {ref.manifest.files_at}")
+        reader = VerifiedReader(place, entry.hashed(place))
         reader.verify_all()
         reader.close()
     return ref

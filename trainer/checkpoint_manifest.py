@@ -11,8 +11,10 @@ from data_shards.errors import CorruptFile
 from trainer.rank_file import RankFile
 
 KIND = "baton-checkpoint"
-VERSION = 3
+VERSION = 4
 """1 had no ``progress.eval_step``; 1 and 2 had the block hashes of rank files in the manifest."""
+_VERSION_OF_DURABLE = 3
+"""which had no ``files_at``: a manifest without it is as it was then, and older readers take it"""
 MANIFEST = "manifest.json"
 
 
@@ -71,10 +73,20 @@ class CheckpointManifest:
     versions: dict[str, str]
     files: tuple[RankFile, ...]
     """by rank"""
+    files_at: str | None = None
+    """Of the fast tier: the folder on the nodes' own disks whose folder of the checkpoint's name holds ``files``, each
+    node its ranks'. None: they lie beside the manifest."""
+
+    @property
+    def fast(self) -> bool:
+        """It goes with the nodes that hold it."""
+        return self.files_at is not None
 
     def to_bytes(self) -> bytes:
         payload = asdict(self) | {"files": [entry.to_json() for entry in self.files]}
-        return signed_json.encode(payload, KIND, VERSION)
+        if not self.fast:
+            del payload["files_at"]
+        return signed_json.encode(payload, KIND, VERSION if self.fast else _VERSION_OF_DURABLE)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> CheckpointManifest:

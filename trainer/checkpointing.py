@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
 from trainer.errors import DiskFull, SaveFailed
@@ -16,7 +17,36 @@ from trainer.saving import Saved, Saver
 from trainer.step import Standing
 
 _MOST_FAILED_SAVES = 3
-"""In a row; then the attempt ends."""
+"""Of durable ones, in a row; then the attempt ends."""
+
+
+class Tier(StrEnum):
+    DURABLE = "durable"
+    """under run.storage"""
+    FAST = "fast"
+    """on the nodes' own disks: one that fails is told, and no more"""
+
+
+_ADVICE = {
+    (Tier.DURABLE, Tier.DURABLE): "raise checkpoint.every_steps, or use faster storage",
+    (Tier.DURABLE, Tier.FAST): "the fast tier goes on after it",
+    (Tier.FAST, Tier.FAST): "raise checkpoint.fast.every_steps, or use a faster disk",
+}
+"""where a save is under way, and another is due"""
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """When saves are due, and where those of the fast tier go."""
+
+    every_steps: int
+    fast_every_steps: int | None = None
+    files_at: str | None = None
+
+    def due(self, step: int) -> Tier | None:
+        if step % self.every_steps == 0:
+            return Tier.DURABLE
+        return Tier.FAST if self.fast_every_steps is not None and step % self.fast_every_steps == 0 else None
 
 
 @dataclass
@@ -24,6 +54,7 @@ class _Save:
     """The last save that was begun."""
 
     step: int
+    tier: Tier
     stall_seconds: float
     failed: bool = False
     """on any rank; all ranks know it at the same step"""
@@ -37,27 +68,28 @@ class Checkpointing:
         self,
         saver: Saver,
         room: Room,
-        every_steps: int,
-        start_step: int,
+        cadence: Cadence,
+        saved_step: int | None,
         draft: Callable[[Progress], CheckpointManifest],
         log: ProgressLog,
         reporter: Reporter,
     ) -> None:
         """
         Args:
-            start_step: at which the attempt begins; it is saved already.
+            saved_step: at which the attempt begins, where a durable checkpoint of it is there.
             draft: what a checkpoint says beside its tensors, but for what the engine and its files add.
         """
         self.saver = saver
         self.room = room
-        self._every_steps = every_steps
+        self._cadence = cadence
         self._draft = draft
         self._log = log
         self._reporter = reporter
         self._save: _Save | None = None
-        self._due = self._come_again = False
-        self._given_step: int | None = start_step
-        """whose state was last given to the saver, or was loaded"""
+        self._due: Tier | None = None
+        self._come_again = False
+        self._given_step = saved_step
+        """whose state was last given to the saver for a durable checkpoint, or was loaded from one"""
         self._failed_in_a_row = 0
 
     def standing(self) -> Standing:
@@ -82,9 +114,11 @@ class Checkpointing:
         if standing.save_failed and not self._save.failed:
             self.saver.abandon()
             self._save.failed = True
-            if standing.out_of_room:
+            if self._save.tier == Tier.FAST:
+                pass  # what is durable is not behind for it
+            elif standing.out_of_room:
                 self.room.deny()
-                self._due = self._come_again = True
+                self._due, self._come_again = Tier.DURABLE, True
             else:
                 self._failed_in_a_row += 1
         if (ended := self.saver.ended()) is not None:
@@ -100,26 +134,34 @@ class Checkpointing:
 
         Raises DiskFull where there is no room and none can be made.
         """
-        self._due |= progress.step % self._every_steps == 0
+        self._due = _first_of(self._due, self._cadence.due(progress.step))
         if self._come_again:  # ``standing`` is from before the room was found to be short
             self._come_again = False
             return 0.0
-        if not self._due:
+        if self._due is None:
             return 0.0
         if standing.saving and self._save is not None:
-            self._due = self._save.failed  # one that found no room is tried again once all have ended it
-            if not self._due:
-                self._log.say(
-                    f"the save of step {self._save.step} is still being written, so step {progress.step} is not "
-                    "saved; raise checkpoint.every_steps, or use faster storage"
-                )
+            self._leave_out_or_wait(progress, self._save, self._due)
+        elif self._due == Tier.FAST:
+            return self._begin(progress, Tier.FAST)
         elif standing.room_exhausted:
             raise self._disk_full()
         elif standing.room_short:
             self.room.want()
         else:
-            return self._begin(progress)
+            return self._begin(progress, Tier.DURABLE)
         return 0.0
+
+    def _leave_out_or_wait(self, progress: Progress, save: _Save, due: Tier) -> None:
+        """A save is due while another is under way: it begins once all ranks have ended one that failed, or one of the
+        fast tier that a durable one waits for; else it is left out."""
+        if save.failed or (save.tier, due) == (Tier.FAST, Tier.DURABLE):
+            return
+        self._due = None
+        self._log.say(
+            f"the save of step {save.step} is still being written, so step {progress.step} is not saved; "
+            + _ADVICE[save.tier, due]
+        )
 
     def save_at_end(self, progress: Progress) -> float:
         """Finish what was begun, and save what is not saved. Collective. Returns the seconds that training waited.
@@ -132,7 +174,7 @@ class Checkpointing:
             self.saver.discard_last()  # before the collective: then no rank has begun anew
             if self.saver.anywhere(self.room.short) and self.saver.anywhere(not self.room.make()):
                 raise self._disk_full()
-            self._begin(progress)
+            self._begin(progress, Tier.DURABLE)
             ended = self._finish(progress)
             if ended is None or ended.error is None:
                 break
@@ -150,14 +192,20 @@ class Checkpointing:
         self.saver.close()
         self._tell_retention()
 
-    def _begin(self, progress: Progress) -> float:
-        failed = self._save is not None and self._save.failed
-        if not failed:
+    def _begin(self, progress: Progress, tier: Tier) -> float:
+        last = self._save
+        failed = last is not None and last.failed
+        if last is not None and last.tier == Tier.DURABLE and not failed:
             self._failed_in_a_row = 0
+        draft = self._draft(progress)
+        if tier == Tier.FAST:
+            draft = replace(draft, files_at=self._cadence.files_at)
+        else:
+            self._given_step = progress.step
         started = time.perf_counter()
-        self.saver.begin(self._draft(progress), before=self._log.flushing(), discard_last=failed)
-        self._save = _Save(progress.step, time.perf_counter() - started)
-        self._due, self._given_step = False, progress.step
+        self.saver.begin(draft, before=self._log.flushing(), discard_last=failed)
+        self._save = _Save(progress.step, tier, time.perf_counter() - started)
+        self._due = None
         return self._save.stall_seconds
 
     def _finish(self, progress: Progress) -> Saved | None:
@@ -180,8 +228,10 @@ class Checkpointing:
             self._log.warn(f"rank {self.saver.rank}: the save of step {ended.step} failed: {ended.error}")
         elif ended.ref is not None:
             self._reporter.committed(progress, ended.ref.manifest, save.stall_seconds)
+            where = " on the nodes" if save.tier == Tier.FAST else ""
             self._log.say(
-                f"committed step {ended.step}: {ended.seconds:.2f}s, of which training waited {save.stall_seconds:.2f}s"
+                f"committed step {ended.step}{where}: {ended.seconds:.2f}s, of which training waited "
+                f"{save.stall_seconds:.2f}s"
             )
 
     def _tell_retention(self) -> None:
@@ -194,3 +244,8 @@ class Checkpointing:
             "Make room there, drop checkpoint.keep_every or checkpoint.keep_best, or move the run to a larger disk; "
             "then give the same command again"
         )
+
+
+def _first_of(waiting: Tier | None, due: Tier | None) -> Tier | None:
+    """A durable save is worth more than one of the fast tier."""
+    return Tier.DURABLE if Tier.DURABLE in (waiting, due) else waiting or due

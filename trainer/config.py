@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Any
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from data_shards.config import ConfigModel
 from data_shards.order.permutation import Order
@@ -110,6 +110,23 @@ class EvaluationConfig(ConfigModel):
     micro_batch: int = Field(4, ge=1, description="Packs per worker per forward while evaluating.")
 
 
+class FastTierConfig(ConfigModel):
+    """Checkpoints on the nodes' own disks, beside those under run.storage and more often."""
+
+    path: str = Field(
+        description="Folder on each node's own disk (or in memory, /dev/shm); each run has one of its own in it."
+    )
+    every_steps: int = Field(ge=1, description="Steps between them; fewer than checkpoint.every_steps.")
+    keep_last: int = Field(1, ge=1, description="Newest to keep on each node; none once the run is finished.")
+
+    @field_validator("path")
+    @classmethod
+    def _absolute(cls, path: str) -> str:
+        if "://" in path or not path.startswith("/"):
+            raise ValueError("give an absolute path; an object store belongs in run.storage")
+        return path
+
+
 class CheckpointConfig(ConfigModel):
     every_steps: int = Field(100, ge=1, description="Steps between commits; always one at the end.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints to keep.")
@@ -118,6 +135,18 @@ class CheckpointConfig(ConfigModel):
     commit_timeout_s: float = Field(
         600, gt=0, description="Seconds that a commit waits for what all workers write; then the save is given up."
     )
+    fast: FastTierConfig | None = Field(
+        None, description="More checkpoints, on the nodes' own disks; docs/fast-tier.md."
+    )
+
+    @model_validator(mode="after")
+    def _fast_is_more_often(self) -> CheckpointConfig:
+        if self.fast is not None and self.fast.every_steps >= self.every_steps:
+            raise ValueError(
+                f"fast.every_steps={self.fast.every_steps} is not less than every_steps={self.every_steps}, so the "
+                "fast tier would add nothing; lower the one or raise the other"
+            )
+        return self
 
 
 class ZeroConfig(ConfigModel):

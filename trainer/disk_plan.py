@@ -59,6 +59,15 @@ def retained_checkpoints(config: CheckpointConfig, steps: int | None) -> int:
     return config.keep_last + 1 + config.keep_best + for_good
 
 
+def fast_tier_bytes(
+    config: CheckpointConfig, trained: Sequence[ParameterShape], world_size: int, state_keys: Sequence[str]
+) -> int:
+    """On its node's own disk, of rank 0, which writes the most: those to keep, and the one that is being written."""
+    if config.fast is None:
+        return 0
+    return (config.fast.keep_last + 1) * _with_hashes(rank_file_bytes(trained, 0, world_size, state_keys))
+
+
 def export_bytes(shape: ModelShape, dtype_bytes: int, *, merge_lora: bool) -> dict[str, int]:
     """Tensor bytes of each file set that ``trainer/export.py`` would write; headers add some kilobytes."""
     adapter = [p for p in shape.parameters if ".lora_" in p.name]

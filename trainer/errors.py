@@ -9,8 +9,8 @@ class ModelError(BadInput):
     """The base model can't be used: not there, not allowed, or in a format that could execute code."""
 
 
-class CheckpointCorrupt(CorruptFile):
-    """A committed checkpoint does not read back as written; an older one may."""
+class CheckpointUnusable(BatonError):
+    """Training can't go on from this committed checkpoint; it may from an older one."""
 
     retryable = True
 
@@ -21,6 +21,14 @@ class CheckpointCorrupt(CorruptFile):
 
     def __reduce__(self) -> tuple[type, tuple[str, str]]:
         return type(self), (self.checkpoint, self.problem)
+
+
+class CheckpointCorrupt(CheckpointUnusable, CorruptFile):
+    """It does not read back as written."""
+
+
+class CheckpointOutOfReach(CheckpointUnusable):
+    """It is of the fast tier, and the nodes that are here do not have all of it."""
 
 
 class RunHeld(BatonError):

@@ -20,8 +20,7 @@ from trainer.deepspeed_config import deepspeed_config
 from trainer.evaluate import EvaluationResult, evaluate
 from trainer.export import ADAPTER_FILE, adapter_name
 from trainer.forward_engine import ForwardEngine, ReadSlice
-from trainer.model import build_trained_model, locate_base
-from trainer.progress_log import say_on_first_rank
+from trainer.model import model_to_train
 from trainer.run_directory import utc_now, write_json
 
 Shapes = dict[str, tuple[int, ...]]
@@ -83,15 +82,7 @@ def build_forward_engine(spec: WorkerSpec, task: EvaluationTask) -> ForwardEngin
     """Raises BadInput where the weights do not fit the model, CheckpointCorrupt where they do not read back."""
     config = spec.trainer
     zero = deepspeed_config(config.model.precision, 0.0, config.zero)
-    model = build_trained_model(
-        locate_base(config.model),
-        config.model,
-        config.training.method,
-        config.training.lora,
-        zero,
-        seed=config.seed,
-        say=say_on_first_rank,
-    )
+    model = model_to_train(config, zero)
     wanted = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters() if p.requires_grad}
     with stored_weights(spec, task, wanted) as stored:
         if stored is not None:

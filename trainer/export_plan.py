@@ -11,7 +11,8 @@ from typing import Any
 
 from data_shards import signed_json
 from data_shards.errors import CorruptFile
-from data_shards.storage import FileEntry, sha256
+from data_shards.hashed_file import FileEntry
+from data_shards.storage import sha256
 from trainer.tensor_files import TensorSpec, header_bytes
 
 KIND = "baton-export"

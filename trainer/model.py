@@ -9,8 +9,9 @@ import torch
 
 from trainer import attention
 from trainer.base_loader import building_partitioned, load_base
-from trainer.config import Attention, LoraConfig, Method, ModelConfig, Precision
+from trainer.config import Attention, LoraConfig, Method, ModelConfig, Precision, TrainerConfig
 from trainer.errors import ModelError
+from trainer.progress_log import say_on_first_rank
 from trainer.run_directory import Say
 
 DTYPES = {Precision.BF16: torch.bfloat16, Precision.FP32: torch.float32}
@@ -168,3 +169,16 @@ def build_trained_model(
 ) -> torch.nn.Module:
     model = build_model(path, config, deepspeed_config, seed=seed, say=say)
     return add_lora(model, lora, seed=seed) if method == Method.LORA else model
+
+
+def model_to_train(config: TrainerConfig, deepspeed_config: dict[str, Any]) -> torch.nn.Module:
+    """What a worker builds, for training or evaluation."""
+    return build_trained_model(
+        locate_base(config.model),
+        config.model,
+        config.training.method,
+        config.training.lora,
+        deepspeed_config,
+        seed=config.seed,
+        say=say_on_first_rank,
+    )

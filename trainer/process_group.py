@@ -46,10 +46,19 @@ def start_process_group(timeout_s: float = 1800) -> None:
     _import_muon_uncompiled()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(_local_rank())
     else:
         keep_freed_memory()
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_first_on_node() -> bool:
+    """For what one worker of each node does."""
+    return _local_rank() == 0
 
 
 def leave_process_group() -> None:

@@ -58,6 +58,16 @@ class RankFile:
             problem = "missing" if found is None else f"{found} bytes"
             raise CorruptFile(f"{directory.uri_of(self.path)}: {problem}, its manifest says {self.size}")
 
+    def is_whole(self, directory: Storage) -> bool:
+        """Whether it is there, as far as its size tells."""
+        files = (self.path,) if self.hashes is None else (self.path, self.hashes.path)
+        sizes = {path: size for path in files if (size := directory.size(path)) is not None}
+        try:
+            self.check_sizes(sizes, directory)
+        except CorruptFile:
+            return False
+        return True
+
     def hashed(self, directory: Storage) -> FileEntry:
         """With the hashes, which are read. Raises CorruptFile where they are not what was written."""
         if self.hashes is None:
@@ -67,3 +77,16 @@ class RankFile:
             return FileEntry(self.path, self.size, bytes(reader.read(0, self.hashes.size)), self.block_bytes)
         finally:
             reader.close()
+
+
+def place_of(beside: Storage, name: str, files_at: str | None, listed: RankFile) -> Storage:
+    """The folder to read a rank's files from: of the fast tier this node's own, if it has them; else the manifest's.
+
+    Args:
+        beside: the manifest's folder.
+        name: of the checkpoint.
+        files_at: as the manifest says.
+    """
+    if files_at is not None and listed.is_whole(here := Storage.at(files_at).child(name)):
+        return here
+    return beside

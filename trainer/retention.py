@@ -22,21 +22,29 @@ class Sparing(StrEnum):
     AS_CONFIGURED = "as configured"
     NEWEST = "newest"
     """of ``keep_last`` just one: the disk is full"""
+    FINISHED = "finished"
+    """of the fast tier none: the run's last checkpoint is a durable one"""
 
 
 def kept(usable: Sequence[CheckpointRef], config: CheckpointConfig, sparing: Sparing) -> set[str]:
-    """Names of those that stay; the newest is always among them (pure).
+    """Names of those that stay; the newest of either tier are always among them, of the durable one even when nothing
+    else is (pure).
 
     Args:
         usable: oldest first.
     """
+    durable = [ref for ref in usable if not ref.manifest.fast]
     number = 1 if sparing == Sparing.NEWEST else config.keep_last
-    stay = {ref.name for ref in usable[-number:]}
+    stay = {ref.name for ref in durable[-number:]}
     if config.keep_every is not None:
-        stay |= {ref.name for ref in usable if ref.step % config.keep_every == 0}
-    scored = [ref for ref in usable if ref.manifest.progress.evaluated_here]
+        stay |= {ref.name for ref in durable if ref.step % config.keep_every == 0}
+    scored = [ref for ref in durable if ref.manifest.progress.evaluated_here]
     best = sorted(scored, key=lambda ref: (ref.manifest.progress.eval_loss, -ref.step))
-    return stay | {ref.name for ref in best[: config.keep_best]}
+    stay |= {ref.name for ref in best[: config.keep_best]}
+    if sparing == Sparing.FINISHED:
+        return stay
+    fast = [ref for ref in usable if ref.manifest.fast]
+    return stay | {ref.name for ref in fast[-(config.fast.keep_last if config.fast else 1) :]}
 
 
 def prune(
@@ -45,8 +53,8 @@ def prune(
     """Remove checkpoints that need not stay, those that nobody may read, and what killed saves have left.
 
     Quarantined ones stay for people to look at, damaged ones while their attempt counts, and so does what no attempt of
-    this run made. What ``attempt``, the caller's own, has not committed stays too, as a save may be under way; where
-    the caller has been superseded, nobody's. May be called on several threads: one waits for the other.
+    this run made. What ``attempt``, the caller's own, has not committed stays too, as a save may be under way. A caller
+    that has been superseded removes nothing. May be called on several threads: one waits for the other.
 
     Returns:
         Names of what was removed.
@@ -55,12 +63,13 @@ def prune(
     """
     with _ONE_AT_A_TIME:
         found = survey(run)
+        if not found.chain or found.chain[-1].attempt != attempt:
+            return []
         stay = kept(found.usable, config, sparing) | found.quarantined
+        others = found.attempts.keys() - {attempt}
         doomed = [ref.name for ref in found.usable]
         doomed += [name for name, limit in found.superseded.items() if limit != STRANGER]
-        if found.chain and found.chain[-1].attempt == attempt:
-            others = found.attempts.keys() - {attempt}
-            doomed += [name for name in found.unfinished if checkpoint.parse_name(name)[1] in others]
+        doomed += [name for name in found.unfinished if checkpoint.parse_name(name)[1] in others]
         removed, failure = [], None
         for name in doomed:
             if name in stay:

@@ -20,7 +20,7 @@ from typing import Any
 from data_shards.errors import BadInput, BatonError, CorruptFile
 from data_shards.storage import Storage
 from trainer.checkpoint import CheckpointRef
-from trainer.errors import CheckpointCorrupt, DiskFull, RunHeld
+from trainer.errors import CheckpointCorrupt, CheckpointUnusable, DiskFull, RunHeld
 
 Say = Callable[[str], None]
 
@@ -77,7 +77,9 @@ class WorkerError:
     bad_input: bool
     disk_full: bool = False
     checkpoint: str | None = None
-    """the one that turned out corrupt"""
+    """the one that turned out unusable"""
+    corrupt: bool = False
+    """it did not read back as written"""
     traceback: str = ""
 
     @classmethod
@@ -89,7 +91,8 @@ class WorkerError:
             retryable=error.retryable if isinstance(error, BatonError) else True,
             bad_input=isinstance(error, BadInput),
             disk_full=isinstance(error, DiskFull),
-            checkpoint=error.checkpoint if isinstance(error, CheckpointCorrupt) else None,
+            checkpoint=error.checkpoint if isinstance(error, CheckpointUnusable) else None,
+            corrupt=isinstance(error, CheckpointCorrupt),
             traceback="".join(traceback.format_exception(error)),
         )
 

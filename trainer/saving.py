@@ -57,12 +57,18 @@ class Saver:
         *,
         commit_timeout_s: float,
         committed: Callable[[], object] = lambda: None,
+        clear_node: Callable[[str], object] = lambda name: None,
     ) -> None:
-        """``committed`` is called after commits, on rank 0, in a thread of its own: removing may take long, or hang."""
+        """
+        Args:
+            committed: called after commits, on rank 0, in a thread of its own: removing may take long, or hang.
+            clear_node: called in the writing thread with a name before a checkpoint of the fast tier is written.
+        """
         self._engine = engine
         self._checkpoints = checkpoints
         self._timeout_s = commit_timeout_s
         self._retention = _Behind(committed, "checkpoint-retention")
+        self._clear_node = clear_node
         self.staging = Staging(engine.device)
         """host memory for one save; reserve it before the first has to wait for it"""
         self._thread: threading.Thread | None = None
@@ -189,7 +195,9 @@ class Saver:
                 self._discard()  # never what is being written anew
             self._target = target
             before()
-            checkpoint.write_rank(target, self._engine.rank, slices)
+            if manifest.fast:
+                self._clear_node(checkpoint.name_of(manifest))
+            checkpoint.write_rank(target, self._engine.rank, slices, checkpoint.files_folder(target, manifest))
             if self._engine.rank == 0:
                 self._part_written.set()
                 self._await_receipts(target, manifest.world_size)

@@ -33,7 +33,7 @@ def check_shared(attempt: Storage, rank: int, world_size: int, patience_s: float
         raise BadInput(
             f"{attempt.uri}: what rank {ranks} of {world_size} wrote there is not seen by its neighbour, so the nodes "
             "do not share this storage, and checkpoints would be in pieces. Set run.storage to a file system that all "
-            "nodes mount, or to s3://… or gs://…"
+            "nodes mount, or to s3://… or gs://…; nodes' own disks can hold checkpoint.fast"
         )
 
 

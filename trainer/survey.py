@@ -77,12 +77,12 @@ def survey(run: RunDirectory, excluded: Mapping[str, str] | None = None) -> Surv
             found.bad[name] = problem
         else:
             found.usable.append(ref)
-    found.usable.sort(key=lambda ref: (ref.step, ref.name))
+    found.usable.sort(key=lambda ref: (ref.step, not ref.manifest.fast, ref.name))  # of a step durable ones last
     return found
 
 
 def _check_name(ref: CheckpointRef) -> None:
-    own = checkpoint.directory_name(ref.step, ref.manifest.attempt)
+    own = checkpoint.name_of(ref.manifest)
     if ref.name != own:
         raise CorruptFile(f"checkpoint {ref.name}: its manifest is that of {own}; somebody has copied it here")
 
@@ -113,12 +113,13 @@ def _why_late(limit: int) -> str:
     return f"its attempt had been superseded at step {limit}"
 
 
-def usable_checkpoints(run: RunDirectory, say: Say = print) -> list[CheckpointRef]:
-    """Committed checkpoints that may be resumed from, oldest first; of the others ``say`` tells why not."""
+def durable_checkpoints(run: RunDirectory, say: Say = print) -> list[CheckpointRef]:
+    """Committed checkpoints that can be read from anywhere, oldest first; of those that are not usable ``say`` tells
+    why."""
     found = survey(run)
     for line in lines_of(found):
         say(line)
-    return found.usable
+    return [ref for ref in found.usable if not ref.manifest.fast]
 
 
 def newest_usable(
@@ -126,25 +127,30 @@ def newest_usable(
 ) -> CheckpointRef | None:
     """What to resume from; None where nothing was ever committed.
 
-    Raises NoUsableCheckpoint where something was, but none of it can be accepted: starting over silently would fence it
-    off for good.
+    Raises NoUsableCheckpoint where something durable was, but none of it can be accepted: starting over silently would
+    fence it off for good. Where all that is lost was of the fast tier, the run begins anew, and ``say`` tells it.
     """
     before, found = run.lineage(), survey(run, excluded)
     while found.chain != before:  # an attempt began after the folders were listed: its checkpoint may not be among them
         before, found = found.chain, survey(run, excluded)
     for line in lines_of(found):
         say(line)
+    if found.usable:
+        return found.usable[-1]
     strangers = [name for name, limit in found.superseded.items() if limit == STRANGER]
-    had_some = any(start.start_step for start in found.chain)
-    if not found.usable and (found.bad or strangers or had_some):
-        named = ", ".join(sorted([*found.bad, *strangers])) or "they are gone"
+    begun_with = [start.resume_from or "" for start in found.chain if start.start_step]
+    lost = sorted([*found.bad, *strangers])
+    if not all(map(checkpoint.is_fast, [*lost, *begun_with])):
+        named = ", ".join(lost) or "they are gone"
         raise NoUsableCheckpoint(
             f"{run.storage.uri}: none of its committed checkpoints can be used ({named}; "
             "the reasons are above). If the storage was away for a moment, run the same command again; `baton "
             "checkpoints verify` reads them all and takes those that are good out of quarantine; to start over, choose "
             "a new run.name"
         )
-    return found.usable[-1] if found.usable else None
+    if lost or begun_with:
+        say("nothing but checkpoints of the fast tier was committed, and those are lost: the run begins anew")
+    return None
 
 
 def tip_and_newest(

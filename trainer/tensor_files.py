@@ -120,13 +120,13 @@ class TensorFile:
     """
 
     def __init__(self, storage: Storage, entry: FileEntry) -> None:
-        self.bytes = VerifiedReader(storage, entry)
+        self.verified = VerifiedReader(storage, entry)
         self._where = storage.uri_of(entry.path)
-        length = int.from_bytes(self.bytes.read(0, 8), "little")
+        length = int.from_bytes(self.verified.read(0, 8), "little")
         if length > min(_MAX_HEADER_BYTES, entry.size - 8):
             raise CorruptFile(f"{self._where}: not a safetensors file (header of {length} bytes)")
         self._data_start = 8 + length
-        header = json.loads(self.bytes.read(8, self._data_start))
+        header = json.loads(self.verified.read(8, self._data_start))
         self._tensors = {name: value for name, value in header.items() if name != "__metadata__"}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -148,15 +148,15 @@ class TensorFile:
         if not 0 <= start <= stop <= (high - low) // dtype.itemsize:
             raise CorruptFile(f"{self._where}: {name} has fewer than {stop} elements")
         first = self._data_start + low + start * dtype.itemsize
-        self.bytes.check_bounds(first, first + into.nbytes)
+        self.verified.check_bounds(first, first + into.nbytes)
         return Piece(first, memoryview(tensor_bytes(into)))
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Elements ``[start, stop)`` of the flattened tensor: 1-D, on the CPU."""
         found = torch.empty(max(0, stop - start), dtype=self.dtype(name))
         for pieces in by_span([self.piece(name, start, found)]):
-            self.bytes.read_span(pieces)
+            self.verified.read_span(pieces)
         return found
 
     def close(self) -> None:
-        self.bytes.close()
+        self.verified.close()

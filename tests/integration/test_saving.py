@@ -216,7 +216,7 @@ def test_on_a_full_disk_the_reserve_makes_room(tiny: str, tmp_path: Path, saved_
         results = run_workers(looped, 2, tiny, str(root), Setting(saves={"keep_last": 3}))
         assert [outcome for outcome, *_ in results] == [Outcome.FINISHED] * 2
         made_room = [line for line in results[0].warned if "the disk is full: removed 000000" in line]
-        assert len(made_room) >= 2  # steps are faster than the look at the disk, so some saves find it full themselves
+        assert made_room, results[0].warned  # how often: steps are faster than the look at the disk
         assert committed_steps(root)[-1] == 24 and len(committed_steps(root)) == 2
         for ref in checkpoint.committed(Storage.at(root / "checkpoints")):
             checkpoint.verify(Storage.at(root / "checkpoints"), ref.name)

@@ -149,7 +149,7 @@ def _wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _saves_end_before_the_next_step() -> None:
+def saves_end_before_the_next_step() -> None:
     """Tiny steps are faster than a file system: without this, which saves are left out would be chance."""
     told = trainer.checkpointing.Checkpointing.standing
 
@@ -219,7 +219,7 @@ def run_all(root: Path, kinds: list[Kind], sample: int | None, seed: int, say: C
     """Returns the number of cases that failed; their folders stay."""
     cluster.local_processes._context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
     cluster.local_processes._GRACE_S = 0.5
-    _saves_end_before_the_next_step()
+    saves_end_before_the_next_step()
     bench = Bench(root)
     assert bench.submit(root / "first", {}) == 0, (
         root / "first" / "log"

@@ -36,6 +36,8 @@ PROGRESS = Progress(
     eval_step=40,
 )
 
+FILES_AT = "/mnt/nvme/baton/golden-01234567"
+
 
 def golden_values(parameter: ParameterEntry, part: str) -> torch.Tensor:
     """What the whole parameter's part holds: fp32 ``[numel]``."""
@@ -60,14 +62,15 @@ def golden_manifest() -> CheckpointManifest:
     )
 
 
-def write_golden(checkpoints: Storage) -> str:
-    """Returns the checkpoint's name."""
+def write_golden(checkpoints: Storage, *, fast: bool = False) -> str:
+    """Returns the checkpoint's name. One of the fast tier has its files beside the manifest, where they are brought."""
 
     def values(parameter: ParameterEntry, part: str, start: int, stop: int) -> torch.Tensor:
         return golden_values(parameter, part)[start:stop]
 
-    return write_checkpoint(checkpoints, golden_manifest(), values).name
+    manifest = replace(golden_manifest(), files_at=FILES_AT if fast else None)
+    return write_checkpoint(checkpoints, manifest, values).name
 
 
 if __name__ == "__main__":
-    print(write_golden(Storage.at(Path(sys.argv[1]).resolve())))
+    print(write_golden(Storage.at(Path(sys.argv[1]).resolve()), fast=sys.argv[2:] == ["fast"]))

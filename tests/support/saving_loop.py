@@ -24,8 +24,9 @@ from data_shards.storage import Storage
 from tests.support.engines import ADAMW, make_engine
 from tests.support.tiny import DRAFT, MemoryPacks, ragged_packs
 from trainer import checkpoint
+from trainer.attempt_saves import watched_room
 from trainer.checkpoint_manifest import CheckpointManifest, Progress
-from trainer.checkpointing import Checkpointing
+from trainer.checkpointing import Cadence, Checkpointing
 from trainer.config import STATE_KEYS, TrainerConfig
 from trainer.engine import ZeroEngine
 from trainer.loop import Loop
@@ -36,7 +37,6 @@ from trainer.retention import prune
 from trainer.room import EndlessRoom
 from trainer.run_directory import AttemptStart, RunDirectory, write_json
 from trainer.saving import SaveFailed, Saver
-from trainer.worker import watched_room
 
 PACKS = ragged_packs(19, seed=3)
 STEPS, EVERY = 24, 4
@@ -175,7 +175,7 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
         Packs(PACKS.all),  # type: ignore[arg-type]
         None,
         Progress(),
-        Checkpointing(saver, room, EVERY, 0, draft_of, log, reporter),
+        Checkpointing(saver, room, Cadence(EVERY), 0, draft_of, log, reporter),
         stop_wanted,
         log,
         reporter,

@@ -12,7 +12,7 @@ import pytest
 from data_shards.storage import Storage, content_hash
 from launch.compatibility import differences
 from trainer import base_identity as module
-from trainer import checkpoint, worker
+from trainer import checkpoint, resume
 from trainer.base_identity import base_identity, read_identity, settled, stamps_of
 from trainer.checkpoint import CheckpointRef
 from trainer.config import Method, ModelConfig, TrainerConfig, TrainingConfig, WorkerSpec
@@ -146,7 +146,8 @@ def test_workers_refuse_a_checkpoint_of_another_base(
 
     def restore(base: str) -> None:
         spec = WorkerSpec(**common, **places, base_identity=base, other_base=allowed, resolved_config={})
-        worker.restore(None, RunDirectory.at(str(tmp_path)), spec, None)  # type: ignore[arg-type]
+        run = RunDirectory.at(str(tmp_path))
+        resume.restore(None, run, spec, None, resume.find_resumed(run, spec))  # type: ignore[arg-type]
 
     restore(DRAFT.base)
     if refused:

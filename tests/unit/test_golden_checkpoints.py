@@ -40,10 +40,11 @@ def test_every_released_version_is_read_at_any_size(version: int, world_size: in
                     assert torch.equal(found, golden_values(parameter, part)[start:stop])
 
 
-def test_todays_format_is_the_newest_golden_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "fast"), [(VERSION - 1, False), (VERSION, True)])
+def test_what_is_written_today_is_golden(tmp_path: Path, version: int, fast: bool) -> None:
     """Byte for byte: a change of the format needs a new version and a new golden checkpoint."""
-    name = write_golden(Storage.at(tmp_path))
-    golden = GOLDEN / f"version-{VERSION}" / name
+    name = write_golden(Storage.at(tmp_path), fast=fast)
+    golden = GOLDEN / f"version-{version}" / name
     files = sorted(path.relative_to(golden) for path in golden.rglob("*") if path.is_file())
     assert files == sorted(path.relative_to(tmp_path / name) for path in (tmp_path / name).rglob("*") if path.is_file())
     for file in files:

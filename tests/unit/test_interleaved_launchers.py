@@ -16,7 +16,7 @@ from tests.support.interleaving import Launcher, MemoryStorage, Stage
 from tests.unit.test_run_directory import commit
 from trainer.errors import RunHeld
 from trainer.run_directory import RunDirectory
-from trainer.survey import tip_and_newest, usable_checkpoints
+from trainer.survey import durable_checkpoints, tip_and_newest
 
 TIMING = Timing(heartbeat_s=1.0, patience_s=4.0, settle_s=0.5)
 PATIENT = replace(TIMING, patience_s=60.0)
@@ -110,7 +110,7 @@ def test_what_a_superseded_launcher_commits_is_never_read(seed: int, launchers: 
     order = {path: index for index, path in enumerate(stage.written)}
     began = [order[f"attempts/{attempt}/start.json"] for attempt in chain]
     assert began == sorted(began)
-    for ref in usable_checkpoints(run, silent):
+    for ref in durable_checkpoints(run, silent):
         of = chain.index(ref.manifest.attempt)
         at = order[f"checkpoints/{ref.name}/manifest.json"]
         assert all(at < later for later in began[of + 1 :]), "it was committed after its attempt had a successor"

@@ -23,24 +23,25 @@ from trainer.retention import Sparing, prune
 from trainer.run_directory import AttemptStart, RunDirectory, fences
 from trainer.survey import (
     NoUsableCheckpoint,
+    durable_checkpoints,
     lines_of,
     newest_usable,
     quarantine,
     release,
     survey,
     tip_and_newest,
-    usable_checkpoints,
 )
 
 
-def commit(run: RunDirectory, attempt: str, step: int, **progress: Any) -> str:
+def commit(run: RunDirectory, attempt: str, step: int, files_at: str | None = None, **progress: Any) -> str:
     """A committed checkpoint of one rank with a tiny file."""
-    name = directory_name(step, attempt)
+    name = directory_name(step, attempt, fast=files_at is not None)
     folder = run.checkpoints.child(name)
     written = folder.write("rank-00000.safetensors", [b"x"])
     hashes = folder.write("rank-00000.hashes", [written.digests])
     entry = RankFile(written.path, written.size, written.block_bytes, hashes)
-    manifest = replace(DRAFT, attempt=attempt, progress=Progress(step=step, **progress), world_size=1, files=(entry,))
+    progressed = replace(DRAFT, attempt=attempt, progress=Progress(step=step, **progress))
+    manifest = replace(progressed, world_size=1, files=(entry,), files_at=files_at)
     folder.write(MANIFEST, [manifest.to_bytes()])
     return name
 
@@ -65,7 +66,7 @@ def test_commits_of_a_superseded_attempt_beyond_its_successors_start_are_ignored
     run = RunDirectory.at(str(tmp_path))
     first = run.start_attempt(None, None, ())
     commit(run, first.attempt, 5)
-    second = run.start_attempt(first, usable_checkpoints(run)[-1], ())
+    second = run.start_attempt(first, durable_checkpoints(run)[-1], ())
     commit(run, first.attempt, 10)  # a zombie of the first attempt goes on committing
     commit(run, second.attempt, 8)
     commit(run, "a-stranger", 20)
@@ -77,7 +78,7 @@ def test_of_two_launchers_the_later_ones_chain_counts_however_long_the_others_gr
     run = RunDirectory.at(str(tmp_path))
     first = run.start_attempt(None, None, (), term=1, claim="z")
     commit(run, first.attempt, 5)
-    at_5 = usable_checkpoints(run)[-1]
+    at_5 = durable_checkpoints(run)[-1]
     later = run.start_attempt(first, at_5, (), term=2, claim="y")
     older: AttemptStart | None = first
     for _ in range(3):
@@ -107,7 +108,7 @@ def test_tip_and_newest_are_of_the_same_chain(tmp_path: Path, monkeypatch: pytes
     def newest(*arguments: Any) -> CheckpointRef | None:
         found = newest_usable(*arguments)
         if not began:
-            began.append(run.start_attempt(first, usable_checkpoints(run)[0], ()))
+            began.append(run.start_attempt(first, durable_checkpoints(run)[0], ()))
         return found
 
     monkeypatch.setattr("trainer.survey.newest_usable", newest)
@@ -122,7 +123,7 @@ def test_fences_hold_over_several_successors(tmp_path: Path) -> None:
     first = run.start_attempt(None, None, ())
     commit(run, first.attempt, 10)
     commit(run, first.attempt, 20)
-    by_step = {ref.step: ref for ref in usable_checkpoints(run)}
+    by_step = {ref.step: ref for ref in durable_checkpoints(run)}
     chain = [first]
     for resume_from in (by_step[20], by_step[10], None):
         chain.append(run.start_attempt(chain[-1], resume_from, ()))
@@ -255,7 +256,7 @@ def test_a_copied_folder_is_not_taken_for_another_step(tmp_path: Path) -> None:
 
 def test_an_unfinished_start_is_no_attempt(tmp_path: Path) -> None:
     run = RunDirectory.at(str(tmp_path))
-    assert run.lineage() == [] and usable_checkpoints(run) == []
+    assert run.lineage() == [] and durable_checkpoints(run) == []
     (tmp_path / "attempts" / "half").mkdir(parents=True)
     assert run.lineage() == []
 

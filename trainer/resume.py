@@ -1,0 +1,55 @@
+"""What an attempt begins with: the run's own checkpoint, or the weights of another run's."""
+
+from __future__ import annotations
+
+from data_shards.errors import CorruptFile
+from data_shards.storage import Storage
+from trainer import checkpoint
+from trainer.base_identity import refuse_other_base
+from trainer.checkpoint import CheckpointRef
+from trainer.config import Method, WorkerSpec
+from trainer.engine import ZeroEngine
+from trainer.errors import CheckpointCorrupt, ModelError
+from trainer.fast_tier import bring_together
+from trainer.run_directory import RunDirectory
+from trainer.staging import Staging
+
+
+def find_resumed(run: RunDirectory, spec: WorkerSpec) -> CheckpointRef | None:
+    """The run's own checkpoint that the attempt continues from, within every rank's reach; before the model is built,
+    as the next attempt may have to take another one. Collective.
+
+    Raises ModelError where it was trained from another base, CheckpointUnusable where it can't be read.
+    """
+    if spec.resume_from is None:
+        return None
+    try:
+        ref = checkpoint.read_manifest(run.checkpoints, spec.resume_from)
+    except CorruptFile as error:  # since the driver looked
+        raise CheckpointCorrupt(spec.resume_from, str(error)) from error
+    _check_base(spec, ref)
+    if ref.manifest.fast:
+        bring_together(run.checkpoints, ref)
+    return ref
+
+
+def restore(
+    engine: ZeroEngine, run: RunDirectory, spec: WorkerSpec, staging: Staging, resumed: CheckpointRef | None
+) -> None:
+    """Load what the attempt begins with."""
+    if resumed is not None:
+        checkpoint.load(engine, run.checkpoints, resumed, staging)
+    elif spec.init_from is not None:
+        source, name = Storage.holding(spec.init_from)
+        ref = checkpoint.read_manifest(source, name)
+        if spec.trainer.training.method == Method.LORA:  # a full checkpoint takes the base's place altogether
+            _check_base(spec, ref)
+        try:
+            checkpoint.load(engine, source, ref, staging, weights_only=True)
+        except CheckpointCorrupt as error:  # not one of this run's, so nothing else can take its place
+            raise ModelError(f"init_from={spec.init_from}: {error}; `baton checkpoints verify` tells more") from error
+
+
+def _check_base(spec: WorkerSpec, ref: CheckpointRef) -> None:
+    if not spec.other_base:
+        refuse_other_base(spec.base_identity, ref.name, ref.manifest.base)
