@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_shards.storage import Storage
-from tests.support.checkpoints import trained_shapes, write_checkpoint
+from tests.support.checkpoints import masters_of, random_values, trained_shapes, write_checkpoint
 from tests.support.peak_memory import peak_growth
 from tests.support.tiny import tiny_config
 from trainer.checkpoint import read_manifest
@@ -58,8 +58,9 @@ def write_base(folder: Path, megabytes: int, vocab: int) -> dict[str, TensorSpec
 def prepare(folder: Path, megabytes: int, vocab: int) -> dict[str, TensorSpec]:
     """A base, and a checkpoint of it for either method."""
     specs = write_base(folder / "base", megabytes, vocab)
-    write_checkpoint(Storage.at(folder / "full"), trained_shapes(folder / "base"), RANKS)
-    write_checkpoint(Storage.at(folder / "lora"), trained_shapes(folder / "base", LORA), RANKS)
+    for name, lora in (("full", None), ("lora", LORA)):
+        manifest = masters_of(trained_shapes(folder / "base", lora), RANKS)
+        write_checkpoint(Storage.at(folder / name), manifest, random_values())
     return specs
 
 

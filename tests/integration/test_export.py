@@ -11,7 +11,7 @@ import torch
 
 from data_shards.pack import Pack
 from data_shards.storage import Storage
-from tests.support.checkpoints import trained_shapes, write_checkpoint
+from tests.support.checkpoints import masters_of, random_values, trained_shapes, write_checkpoint
 from tests.support.distributed import run_workers
 from tests.support.engines import ADAMW, make_engine
 from tests.support.tiny import DRAFT, ragged_packs, save_now, save_tiny_model, tiny_config
@@ -95,7 +95,7 @@ def test_files_that_name_tensors_otherwise_than_modules(tmp_path: Path) -> None:
     config = tiny_config("mistral").to_dict() | {"num_local_experts": 4, "num_experts_per_tok": 2}
     MixtralConfig(**{**config, "model_type": "mixtral", "architectures": None}).save_pretrained(tmp_path / "base")
     shapes = trained_shapes(tmp_path / "base")
-    write_checkpoint(Storage.at(tmp_path / "checkpoints"), shapes, 3)
+    write_checkpoint(Storage.at(tmp_path / "checkpoints"), masters_of(shapes, 3), random_values())
     source = source_of(tmp_path / "base", tmp_path / "checkpoints")
     for _ in range(2):  # over an earlier one too
         export_full(source, Storage.at(tmp_path / "out"), torch.float32)

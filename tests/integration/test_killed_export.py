@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from data_shards.errors import BadInput
 from data_shards.storage import Storage, content_hash
-from tests.support.checkpoints import trained_shapes, write_checkpoint
+from tests.support.checkpoints import masters_of, random_values, trained_shapes, write_checkpoint
 from tests.support.distributed import new_queue, start_process
 from tests.support.peak_memory import peak_growth
 from tests.support.tiny import save_tiny_model, tiny_config
@@ -62,8 +62,8 @@ class Place:
 
 
 def make_place(folder: Path, base: Path, world_size: int = 4) -> Place:
-    write_checkpoint(Storage.at(folder / "full"), trained_shapes(base), world_size)
-    write_checkpoint(Storage.at(folder / "lora"), trained_shapes(base, LORA), world_size)
+    write_checkpoint(Storage.at(folder / "full"), masters_of(trained_shapes(base), world_size), random_values())
+    write_checkpoint(Storage.at(folder / "lora"), masters_of(trained_shapes(base, LORA), world_size), random_values())
     return Place(folder)
 
 
@@ -183,7 +183,8 @@ def test_what_weights_depend_on_is_part_of_the_request(
         weights.write_bytes(weights.read_bytes())
     else:  # one of the same name
         (tmp_path / "base").symlink_to(weights.parent)
-        write_checkpoint(Storage.at(tmp_path / "lora"), trained_shapes(weights.parent, LORA), 4, seed=1)
+        adapter = masters_of(trained_shapes(weights.parent, LORA), 4)
+        write_checkpoint(Storage.at(tmp_path / "lora"), adapter, random_values(seed=1))
         place = Place(tmp_path)
     place.export(ExportKind.MERGED, str(folder))
     assert not set(before.values()) & set(stamps(folder).values())

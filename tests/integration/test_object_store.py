@@ -24,7 +24,7 @@ from data_shards.storage import Storage
 from launch import finetune
 from launch.quickstart_inputs import records, write_jsonl
 from tests.integration.conftest import Workshop
-from tests.support.checkpoints import trained_shapes, write_checkpoint
+from tests.support.checkpoints import masters_of, random_values, trained_shapes, write_checkpoint
 from tests.support.command import RunFiles, run_here, write_config
 from tests.support.datasets import random_packs, write_dataset
 from tests.support.fault_proxy import FaultProxy
@@ -97,7 +97,7 @@ def test_export_to_a_failing_store_goes_on_and_gives_the_same_bytes(
 ) -> None:
     base = save_tiny_model(tmp_path / "base")
     checkpoints = Storage.at(tmp_path / "checkpoints")
-    ref = write_checkpoint(checkpoints, trained_shapes(base), 3)
+    ref = write_checkpoint(checkpoints, masters_of(trained_shapes(base), 3), random_values())
     source = ExportSource(checkpoints, ref, base, ModelConfig(base=str(base)))
     local, far = Storage.at(tmp_path / "local"), Storage.at(s3_uri(BUCKET, "exported/model", proxy.port))
     export_full(source, local, torch.bfloat16, max_file_bytes=16_000)

@@ -1,8 +1,8 @@
-"""Checkpoints made without training: random values in the files that ranks would have written."""
+"""Checkpoints made without an engine: given values in the files that ranks would have written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +11,14 @@ import torch
 from data_shards.storage import Storage
 from tests.support.tiny import DRAFT
 from trainer.checkpoint import CheckpointRef, commit, target_of, write_rank
-from trainer.checkpoint_manifest import ParameterEntry
+from trainer.checkpoint_manifest import CheckpointManifest, ParameterEntry
 from trainer.config import LoraConfig
 from trainer.model import add_lora
 from trainer.slices import slice_bounds
+
+Values = Callable[[ParameterEntry, str, int, int], torch.Tensor]
+"""The elements of a part (``fp32``, ``exp_avg``, …) of a flattened parameter from a start to a stop: fp32
+``[stop - start]``. Asked for in the order in which they are written."""
 
 
 def trained_shapes(base: Path, lora: LoraConfig | None = None) -> dict[str, tuple[int, ...]]:
@@ -27,20 +31,27 @@ def trained_shapes(base: Path, lora: LoraConfig | None = None) -> dict[str, tupl
     return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
 
 
-def write_checkpoint(
-    checkpoints: Storage, shapes: Mapping[str, tuple[int, ...]], world_size: int, *, seed: int = 0
-) -> CheckpointRef:
-    """A committed checkpoint of masters alone. One rank's slices are in memory at a time."""
+def masters_of(shapes: Mapping[str, tuple[int, ...]], world_size: int) -> CheckpointManifest:
+    """What a checkpoint of these parameters says that holds no state of an optimizer; but for its files."""
     parameters = tuple(ParameterEntry(name, shape) for name, shape in shapes.items())
-    manifest = replace(DRAFT, world_size=world_size, parameters=parameters, optimizer={"state_keys": []})
+    return replace(DRAFT, world_size=world_size, parameters=parameters, optimizer={"state_keys": []})
+
+
+def random_values(seed: int = 0) -> Values:
+    generator = torch.Generator().manual_seed(seed)
+    return lambda entry, part, start, stop: torch.empty(stop - start).uniform_(-0.1, 0.1, generator=generator)
+
+
+def write_checkpoint(checkpoints: Storage, manifest: CheckpointManifest, values: Values) -> CheckpointRef:
+    """Commit what ``manifest``, which lacks only its files, tells of. One rank's slices are in memory at a time."""
     target = target_of(checkpoints, manifest)
-    for rank in range(world_size):
-        generator = torch.Generator().manual_seed(seed * world_size + rank)
-        bounds = {entry.name: slice_bounds(entry.numel, rank, world_size) for entry in parameters}
+    for rank in range(manifest.world_size):
+        bounds = [(entry, *slice_bounds(entry.numel, rank, manifest.world_size)) for entry in manifest.parameters]
         slices = {
-            f"{name}/fp32": torch.empty(stop - start).uniform_(-0.1, 0.1, generator=generator)
-            for name, (start, stop) in bounds.items()
-            if stop > start
+            f"{entry.name}/{part}": values(entry, part, start, stop)
+            for entry, start, stop in bounds
+            if start < stop
+            for part in ("fp32", *manifest.optimizer["state_keys"])
         }
         write_rank(target, rank, slices)
     return commit(target, manifest)

@@ -12,10 +12,9 @@ from pathlib import Path
 import torch
 
 from data_shards.storage import Storage
+from tests.support.checkpoints import write_checkpoint
 from tests.support.tiny import DRAFT
-from trainer import checkpoint
 from trainer.checkpoint_manifest import CheckpointManifest, ParameterEntry, Progress
-from trainer.slices import slice_bounds
 
 WORLD_SIZE = 3
 PARAMETERS = (
@@ -65,17 +64,12 @@ def golden_manifest() -> CheckpointManifest:
 
 def write_golden(checkpoints: Storage, *, fast: bool = False) -> str:
     """Returns the checkpoint's name. One of the fast tier has its files beside the manifest, where they are brought."""
+
+    def values(parameter: ParameterEntry, part: str, start: int, stop: int) -> torch.Tensor:
+        return golden_values(parameter, part)[start:stop]
+
     manifest = replace(golden_manifest(), files_at=FILES_AT if fast else None)
-    target = checkpoint.target_of(checkpoints, manifest)
-    for rank in range(WORLD_SIZE):
-        slices = {}
-        for parameter in PARAMETERS:
-            start, stop = slice_bounds(parameter.numel, rank, WORLD_SIZE)
-            for part in ("fp32", *STATE_KEYS):
-                if start < stop:
-                    slices[f"{parameter.name}/{part}"] = golden_values(parameter, part)[start:stop]
-        checkpoint.write_rank(target, rank, slices)
-    return checkpoint.commit(target, manifest).name
+    return write_checkpoint(checkpoints, manifest, values).name
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data_shards import signed_json
+from tests.support.checkpoints import random_values, write_checkpoint
 from tests.support.tiny import DRAFT
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef, SliceReader, Wanted, hash_file, rank_file
@@ -42,15 +43,7 @@ def write(run: RunDirectory, attempt: str, step: int) -> str:
         optimizer={"name": "adamw", "step": step, "state_keys": list(PARTS[1:])},
         progress=Progress(step=step),
     )
-    target = checkpoint.target_of(run.checkpoints, manifest)
-    generator = torch.Generator().manual_seed(step)
-    for rank in range(WORLD_SIZE):
-        slices = {}
-        for parameter, part in itertools.product(PARAMETERS, PARTS):
-            start, stop = slice_bounds(parameter.numel, rank, WORLD_SIZE)
-            slices[f"{parameter.name}/{part}"] = torch.randn(stop - start, generator=generator)
-        checkpoint.write_rank(target, rank, slices)
-    return checkpoint.commit(target, manifest).name
+    return write_checkpoint(run.checkpoints, manifest, random_values(seed=step)).name
 
 
 def load(run: RunDirectory, ref: CheckpointRef, world_size: int) -> None:
