@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from launch.config import load_config
 from launch.job import Job, make_job, settle
 from tests.integration.conftest import Workshop
 from tests.support.chaos import saves_end_before_the_next_step
-from tests.support.command import Command, RunFiles, Trace, run, run_here, write_config
+from tests.support.command import run_here, write_config
 from tests.support.disk import disk_of
 from tests.support.distributed import run_workers
 from tests.support.nodes import become_node, skip_unless_allowed
@@ -26,7 +25,6 @@ from trainer.checkpoint import rank_file
 from trainer.checkpointing import Checkpointing
 from trainer.config import WorkerSpec
 from trainer.errors import BatonError
-from trainer.fast_tier import folder_on_node
 from trainer.metrics import NoMetrics
 from trainer.rank_file import RankFile
 from trainer.run_directory import RunDirectory
@@ -34,42 +32,12 @@ from trainer.shared_storage import check_shared
 from trainer.survey import durable_checkpoints, survey, tip_and_newest
 from trainer.worker import train
 
-STEPS = 40
+STEPS = 17
 
 
-def values_of(workshop: Workshop, disk: Path, *, every: int, fast_every: int = 3, steps: int = STEPS) -> dict[str, Any]:
-    checkpoints = {"every_steps": every, "fast": {"path": str(disk), "every_steps": fast_every}}
+def values_of(workshop: Workshop, disk: Path, *, every: int, steps: int = STEPS) -> dict[str, Any]:
+    checkpoints = {"every_steps": every, "fast": {"path": str(disk), "every_steps": 4}}
     return workshop.values | {"checkpoint": checkpoints, "training": workshop.values["training"] | {"steps": steps}}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(workshop: Workshop) -> Trace:
-    config = write_config(workshop.data, workshop.values, "fast-undisturbed")
-    done = run_here(finetune.main, "--config", str(config))
-    assert done.code == 0, done.output
-    return RunFiles(workshop.data / "runs" / "fast-undisturbed").trace()
-
-
-def fast_folder(workshop: Workshop, disk: Path, name: str) -> Path:
-    path = folder_on_node(str(disk), Storage.at(workshop.data / "runs" / name)).local_path
-    assert path is not None
-    return path
-
-
-def test_a_killed_worker_costs_the_steps_since_the_last_fast_one(
-    workshop: Workshop, undisturbed: Trace, tmp_path: Path
-) -> None:
-    config = write_config(workshop.data, values_of(workshop, tmp_path / "disk", every=999), "fast")
-    files = RunFiles(workshop.data / "runs" / "fast")
-    command = Command("finetune", "--config", str(config))
-    committed = int(command.wait_for(r"committed step (\d+) on the nodes")[1])
-    os.kill(int(command.wait_for(r"worker rank 1 of 2: pid (\d+)")[1]), signal.SIGKILL)
-    assert command.finish() == 0, command.output
-    resumed = re.search(r"resuming from step (\d+)", command.output)
-    assert resumed is not None and committed <= int(resumed[1]) < STEPS and int(resumed[1]) % 3 == 0
-    assert files.trace() == undisturbed
-    assert [path.name[:8] for path in (files.path / "checkpoints").iterdir()] == [f"{STEPS:08d}"]
-    assert not fast_folder(workshop, tmp_path / "disk", "fast").exists(), "nothing is left on the nodes"
 
 
 def cut_short(_checkpointing: Checkpointing, _progress: Any) -> float:
@@ -91,13 +59,13 @@ def attempt_on_nodes(spec: WorkerSpec, disks: list[str], shown_at: str, ends: bo
 
 
 class Nodes:
-    """Attempts of one run, of 17 steps, on nodes whose disks are all shown at one path."""
+    """Attempts of one run on nodes whose disks are all shown at one path."""
 
     def __init__(self, workshop: Workshop, name: str, folder: Path, *, every: int) -> None:
         skip_unless_allowed()
         self.folder, self.shown_at = folder, folder / "nvme"
         self.shown_at.mkdir()
-        values = values_of(workshop, self.shown_at, every=every, fast_every=4, steps=17)
+        values = values_of(workshop, self.shown_at, every=every)
         self.file = write_config(workshop.data, values | {"run": workshop.values["run"] | {"name": name}}, name)
         self.job: Job = make_job(load_config(self.file, []), lambda line: None)
         settle(self.job, lambda line: None)
@@ -122,7 +90,7 @@ class Nodes:
 
     def final_files(self) -> tuple[RankFile, ...]:
         newest = durable_checkpoints(self.run)[-1]
-        assert newest.step == 17
+        assert newest.step == STEPS
         return newest.manifest.files
 
 
@@ -167,6 +135,20 @@ def test_ranks_that_change_places(workshop: Workshop, tmp_path: Path, expected_f
     assert nodes.final_files() == expected_files
 
 
+def test_a_killed_attempt_costs_the_steps_since_the_last_fast_one(
+    workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]
+) -> None:
+    """All nodes live: here they are one."""
+    nodes = Nodes(workshop, "nodes-live", tmp_path, every=12)
+    nodes.attempt("a", "b", ends=False)
+    for disk in ("a", "b"):
+        shutil.copytree(tmp_path / disk, nodes.shown_at, dirs_exist_ok=True)
+    done = run_here(finetune.main, "--config", str(nodes.file))
+    assert done.code == 0 and re.findall(r"resuming from step (\d+)", done.output) == ["16"], done.output
+    assert nodes.final_files() == expected_files
+    assert nodes.committed() == {"12": False, "17": False} and not list(nodes.shown_at.iterdir())
+
+
 def test_a_node_that_is_gone(workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]) -> None:
     """One worker has nothing of the other's: the attempt fails before it builds a model, and the next one begins with
     the durable checkpoint."""
@@ -207,17 +189,13 @@ def test_a_damaged_one_is_put_in_quarantine(
     victim.write_bytes(damaged)
     told = nodes.attempt("b", "a", ends=True)
     assert any(line.startswith("CheckpointCorrupt") and rank_file(0) in line for line in told)
-    shutil.copytree(tmp_path / "a", nodes.shown_at, dirs_exist_ok=True)
-    shutil.copytree(tmp_path / "b", nodes.shown_at, dirs_exist_ok=True)
-    done = run_here(finetune.main, "--config", str(nodes.file))
-    assert done.code == 0 and "CheckpointCorrupt" in done.output, done.output
-    assert nodes.final_files() == expected_files
+    assert any(line.startswith("BringingFailed") for line in told), "the other rank's"
 
 
 def test_a_path_that_can_not_be_written(workshop: Workshop, tmp_path: Path) -> None:
     """A new run is refused; one that has begun goes on without the tier, as its node's disk may have broken since."""
     (tmp_path / "file").touch()
-    values = values_of(workshop, tmp_path / "file" / "disk", every=9, steps=4)
+    values = values_of(workshop, tmp_path / "file" / "disk", every=8, steps=4)
     config = write_config(workshop.data, values, "fast-nowhere")
     refused = run_here(finetune.main, "--config", str(config))
     assert refused.code == 2 and "checkpoint.fast.path=" in refused.output, refused.output
@@ -229,13 +207,14 @@ def test_a_path_that_can_not_be_written(workshop: Workshop, tmp_path: Path) -> N
 
 
 def test_a_disk_that_is_full_costs_the_fast_tier_alone(
-    workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]
+    workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...], capfd: pytest.CaptureFixture[str]
 ) -> None:
     with disk_of(tmp_path / "nvme", 1_000_000) as disk:  # a rank file has 4 MB
-        config = write_config(workshop.data, values_of(workshop, disk, every=8, fast_every=4, steps=17), "fast-full")
-        command = run("finetune", "--config", str(config))
-    assert command.process.returncode == 0, command.output
-    assert re.search(r"the save of step 4 failed: .*No space left on device", command.output), command.output
-    assert "committed step 8: " in command.output and "on the nodes" not in command.output
-    newest = durable_checkpoints(RunDirectory.at(str(workshop.data / "runs" / "fast-full")))[-1]
-    assert newest.manifest.files == expected_files
+        config = write_config(workshop.data, values_of(workshop, disk, every=8), "fast-full")
+        done = run_here(finetune.main, "--config", str(config))
+    told = "".join(capfd.readouterr())  # by the workers
+    assert done.code == 0, done.output
+    assert re.search(r"the save of step 4 failed: .*No space left on device", told), told
+    found = survey(RunDirectory.at(str(workshop.data / "runs" / "fast-full"))).usable
+    assert [(ref.step, ref.manifest.fast) for ref in found] == [(16, False), (STEPS, False)]
+    assert found[-1].manifest.files == expected_files
