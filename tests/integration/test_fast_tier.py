@@ -26,8 +26,8 @@ from trainer.checkpointing import Checkpointing
 from trainer.config import WorkerSpec
 from trainer.errors import BatonError
 from trainer.metrics import NoMetrics
+from trainer.progress_log import ProgressLog
 from trainer.rank_file import RankFile
-from trainer.run_directory import RunDirectory
 from trainer.shared_storage import check_shared
 from trainer.survey import durable_checkpoints, survey, tip_and_newest
 from trainer.worker import train
@@ -45,7 +45,10 @@ def cut_short(_checkpointing: Checkpointing, _progress: Any) -> float:
 
 
 def attempt_on_nodes(spec: WorkerSpec, disks: list[str], shown_at: str, ends: bool) -> str:
-    """An attempt's worker, on a node of its own; each save ends before the next step. Returns what it failed with."""
+    """An attempt's worker, on a node of its own; each save ends before the next step. Returns what it warned of, and
+    failed with."""
+    told: list[str] = []
+    ProgressLog.warn = staticmethod(told.append)  # type: ignore[assignment]
     become_node(Path(disks[int(os.environ["RANK"])]), Path(shown_at))
     os.environ["LOCAL_RANK"] = "0"
     saves_end_before_the_next_step()
@@ -54,8 +57,8 @@ def attempt_on_nodes(spec: WorkerSpec, disks: list[str], shown_at: str, ends: bo
     try:
         train(spec, NoMetrics())
     except BatonError as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
+        told.append(f"{type(error).__name__}: {error}")
+    return "\n".join(told)
 
 
 class Nodes:
@@ -72,7 +75,7 @@ class Nodes:
         self.run = self.job.run
 
     def attempt(self, *disks: str, ends: bool) -> list[str]:
-        """By workers that each see the disk of this name. Returns what they failed with."""
+        """By workers that each see the disk of this name. Returns what they told."""
         parent, newest = tip_and_newest(self.run)
         start = self.run.start_attempt(parent, newest, ())
         places = [str(self.folder / disk) for disk in disks]
@@ -207,14 +210,11 @@ def test_a_path_that_can_not_be_written(workshop: Workshop, tmp_path: Path) -> N
 
 
 def test_a_disk_that_is_full_costs_the_fast_tier_alone(
-    workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...], capfd: pytest.CaptureFixture[str]
+    workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]
 ) -> None:
-    with disk_of(tmp_path / "nvme", 1_000_000) as disk:  # a rank file has 4 MB
-        config = write_config(workshop.data, values_of(workshop, disk, every=8), "fast-full")
-        done = run_here(finetune.main, "--config", str(config))
-    told = "".join(capfd.readouterr())  # by the workers
-    assert done.code == 0, done.output
-    assert re.search(r"the save of step 4 failed: .*No space left on device", told), told
-    found = survey(RunDirectory.at(str(workshop.data / "runs" / "fast-full"))).usable
-    assert [(ref.step, ref.manifest.fast) for ref in found] == [(16, False), (STEPS, False)]
-    assert found[-1].manifest.files == expected_files
+    nodes = Nodes(workshop, "nodes-full", tmp_path, every=8)
+    with disk_of(tmp_path / "a", 1_000_000):  # a rank file has 4 MB
+        full, other = nodes.attempt("a", "b", ends=True)
+    assert "the save of step 4 failed: [Errno 28] No space left on device" in full
+    assert "the save of step 12 failed: [Errno 28]" in full and "Errno 28" not in other
+    assert nodes.committed() == {"16": False, "17": False} and nodes.final_files() == expected_files
