@@ -37,6 +37,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data_shards.storage import Storage
+from tests.support.checkpoints import committed
 from tests.support.distributed import run_workers
 from tests.support.tiny import DRAFT, ragged_packs
 from trainer import checkpoint
@@ -124,7 +125,7 @@ def one_round(engine: ZeroEngine, saver: Saver, root: Path, number: int) -> Time
     times["CPU of writing"] = time.process_time() - cpu
     plain = root / f"plain-{rank}"
     times["dd write"] = slowest(lambda: dd("if=/dev/zero", f"of={plain}", f"count={blocks}", "conv=fsync"))
-    ref = checkpoint.committed(storage)[-1]
+    ref = committed(storage)[-1]
     file = root / "baton" / ref.name / checkpoint.rank_file(rank)
     forget(root / "baton")
     times["dd read"] = slowest(lambda: dd(f"if={file}", "of=/dev/null"))
@@ -182,7 +183,7 @@ def saved_and_loaded(base: str, root: str, load_from: str | None, save_to: str) 
 
     def load(name: str) -> float:
         storage = Storage.at(f"{root}/{name}")
-        ref = checkpoint.committed(storage)[-1]
+        ref = committed(storage)[-1]
         forget(Path(root) / name)
         return slowest(lambda: checkpoint.load(engine, storage, ref))
 

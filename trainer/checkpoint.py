@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -282,22 +282,3 @@ def verify(checkpoints: Storage, name: str) -> CheckpointRef:
         reader.verify_all()
         reader.close()
     return ref
-
-
-def committed(
-    checkpoints: Storage, *, on_bad: Callable[[str, str], None] = lambda name, problem: None
-) -> list[CheckpointRef]:
-    """Committed checkpoints whose files have the right sizes, oldest first.
-
-    Args:
-        on_bad: called with name and problem for each directory that has a manifest which can't be accepted.
-    """
-    found = []
-    for name in checkpoints.list():
-        try:
-            found.append(read_manifest(checkpoints, name))
-        except FileNotFoundError:
-            continue
-        except CorruptFile as error:
-            on_bad(name, str(error))
-    return sorted(found, key=lambda ref: (ref.step, ref.name))

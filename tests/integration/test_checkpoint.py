@@ -12,6 +12,7 @@ import torch
 
 from data_shards.order.sampler import Sampler
 from data_shards.storage import Storage
+from tests.support.checkpoints import committed
 from tests.support.distributed import run_workers
 from tests.support.engines import ADAMW, full_weights, make_engine
 from tests.support.plain_loop import plain_run
@@ -51,7 +52,7 @@ def whole_run(base: str, root: str, options: dict[str, Any]) -> tuple[list[StepR
 def resumed_run(base: str, root: str, options: dict[str, Any]) -> tuple[list[StepResult], Weights]:
     """The steps behind the checkpoint in ``root``."""
     engine = make_engine(base, ADAMW, **options)
-    checkpoint.load(engine, Storage.at(root), checkpoint.committed(Storage.at(root))[-1])
+    checkpoint.load(engine, Storage.at(root), committed(Storage.at(root))[-1])
     return steps(engine, SAVED_AT, STEPS), full_weights(engine)
 
 
@@ -63,7 +64,7 @@ def undisturbed_run(base: str, options: dict[str, Any]) -> tuple[list[StepResult
 def load_error(base: str, root: str) -> str:
     engine = make_engine(base, ADAMW)
     try:
-        checkpoint.load(engine, Storage.at(root), checkpoint.committed(Storage.at(root))[-1])
+        checkpoint.load(engine, Storage.at(root), committed(Storage.at(root))[-1])
     except CheckpointCorrupt as error:
         return f"{error.checkpoint}: {error.problem}"
     return ""
@@ -158,8 +159,8 @@ def test_no_manifest_no_checkpoint(saved: tuple[str, list[StepResult]]) -> None:
     bad: list[str] = []
     for damaged in (original[: len(original) // 2], original.replace(b'"step": %d' % SAVED_AT, b'"step": 99'), b""):
         manifest.write_bytes(damaged)
-        assert checkpoint.committed(storage, on_bad=lambda _name, problem: bad.append(problem)) == []
+        assert committed(storage, on_bad=lambda _name, problem: bad.append(problem)) == []
     manifest.unlink()
-    assert checkpoint.committed(storage) == []
+    assert committed(storage) == []
     manifest.write_bytes(original)
-    assert len(bad) == 3 and [ref.step for ref in checkpoint.committed(storage)] == [SAVED_AT]
+    assert len(bad) == 3 and [ref.step for ref in committed(storage)] == [SAVED_AT]

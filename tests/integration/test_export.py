@@ -11,11 +11,10 @@ import torch
 
 from data_shards.pack import Pack
 from data_shards.storage import Storage
-from tests.support.checkpoints import masters_of, random_values, trained_shapes, write_checkpoint
+from tests.support.checkpoints import committed, masters_of, random_values, trained_shapes, write_checkpoint
 from tests.support.distributed import run_workers
 from tests.support.engines import ADAMW, make_engine
 from tests.support.tiny import DRAFT, ragged_packs, save_now, save_tiny_model, tiny_config
-from trainer import checkpoint
 from trainer.batch import collate
 from trainer.config import LoraConfig, Method, ModelConfig, Precision
 from trainer.export import ExportSource, export_adapter, export_full, export_merged
@@ -42,7 +41,7 @@ def train_and_save(base: str, root: str, method: Method) -> torch.Tensor:
 def source_of(base: Path, root: Path) -> ExportSource:
     storage = Storage.at(root)
     model = ModelConfig(base=str(base), precision=Precision.FP32)
-    return ExportSource(storage, checkpoint.committed(storage)[-1], base, model)
+    return ExportSource(storage, committed(storage)[-1], base, model)
 
 
 def logits(model: Any) -> torch.Tensor:

@@ -14,8 +14,8 @@ import pytest
 from data_shards.storage import Storage
 from launch import export, finetune
 from tests.integration.conftest import Workshop
+from tests.support.checkpoints import committed
 from tests.support.command import Ended, RunFiles, run_here, write_config
-from trainer import checkpoint
 from trainer.base_identity import base_identity
 from trainer.config import ModelConfig
 from trainer.run_directory import RunDirectory
@@ -65,7 +65,7 @@ def lora(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> LoraRu
 
 def test_a_checkpoint_holds_what_is_trained_and_nothing_else(lora: LoraRun) -> None:
     checkpoints = RunDirectory.at(str(lora.files.path)).checkpoints
-    ref = checkpoint.committed(checkpoints)[-1]
+    ref = committed(checkpoints)[-1]
     paths = [lora.files.path / "checkpoints" / ref.name / entry.path for entry in ref.manifest.files]
     headers = [8 + int.from_bytes(path.read_bytes()[:8], "little") for path in paths]
     trained = sum(entry.numel for entry in ref.manifest.parameters)

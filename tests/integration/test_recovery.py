@@ -16,9 +16,9 @@ import pytest
 
 from launch import checkpoints, finetune
 from tests.integration.conftest import Workshop
+from tests.support.checkpoints import committed
 from tests.support.command import ROOT, Command, RunFiles, Trace, environment, run_here, write_config
 from tests.support.disk import disk_of, resize
-from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef
 from trainer.run_directory import RunDirectory
 
@@ -86,7 +86,7 @@ def test_corrupt_checkpoints_are_named_and_left_out(workshop: Workshop) -> None:
 
 
 def newest(run: Path) -> CheckpointRef:
-    return checkpoint.committed(RunDirectory.at(str(run)).checkpoints)[-1]
+    return committed(RunDirectory.at(str(run)).checkpoints)[-1]
 
 
 def test_on_a_larger_disk_a_run_that_filled_one_goes_on(workshop: Workshop, undisturbed: Trace, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from data_shards.order.sampler import Sampler
 from data_shards.storage import Storage
+from tests.support.checkpoints import committed
 from tests.support.distributed import run_workers
 from tests.support.engines import make_engine
 from tests.support.plain_loop import plain_run
@@ -58,16 +59,16 @@ def train(engine: ZeroEngine, method: Method, start: int, stop: int) -> dict[int
 def stage(base: str, root: str, method: Method, until: int) -> tuple[int, dict[int, Step]]:
     """From the newest checkpoint to a save at ``until``; then two steps more, and a save that is not waited for."""
     engine, checkpoints = make_engine(base, optimizer_of(method), method=method), Storage.at(root)
-    committed = checkpoint.committed(checkpoints)
-    start = committed[-1].step if committed else 0
-    if committed:
-        checkpoint.load(engine, checkpoints, committed[-1])
-    found = train(engine, method, start, until)
+    found = committed(checkpoints)
+    start = found[-1].step if found else 0
+    if found:
+        checkpoint.load(engine, checkpoints, found[-1])
+    done = train(engine, method, start, until)
     save_now(engine, checkpoints, draft_of(until))
     if until < UNTIL[-1]:
-        found |= train(engine, method, until, until + 2)  # lost, unless the save of them is committed
+        done |= train(engine, method, until, until + 2)  # lost, unless the save of them is committed
         Saver(engine, checkpoints, commit_timeout_s=60).begin(draft_of(until + 2))
-    return start, found
+    return start, done
 
 
 def left_alone(base: str, method: Method) -> dict[int, Step]:

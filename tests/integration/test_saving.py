@@ -13,6 +13,7 @@ import torch
 from data_shards.errors import BadInput
 from data_shards.order.sampler import Sampler
 from data_shards.storage import Storage
+from tests.support.checkpoints import committed
 from tests.support.disk import disk_of
 from tests.support.distributed import run_workers
 from tests.support.engines import ADAMW, make_engine
@@ -73,8 +74,8 @@ def test_what_is_written_is_the_state_of_its_step(tiny: str, tmp_path: Path) -> 
     behind, at_once = tmp_path / "behind", tmp_path / "at_once"
     results = run_workers(save_behind_training, 2, tiny, str(behind), str(at_once))
     assert all(still for _, _, still in results) and all(reserved > 0 for reserved, *_ in results)
-    (wanted,) = checkpoint.committed(Storage.at(at_once))
-    found, later = checkpoint.committed(Storage.at(behind))
+    (wanted,) = committed(Storage.at(at_once))
+    found, later = committed(Storage.at(behind))
     assert found.manifest.files == wanted.manifest.files != later.manifest.files
     assert found.manifest.optimizer == wanted.manifest.optimizer and later.step == 5
     for name in (found.name, later.name):
@@ -98,7 +99,7 @@ def test_what_fails_on_one_rank_has_failed_on_all(tiny: str, tmp_path: Path) -> 
     (zero, _), (one, fired) = run_workers(failing_part, 2, tiny, str(tmp_path))
     assert fired == 1 and "Input/output error" in one and "could not write its part" in zero
     assert time.monotonic() - started < 120, "the receipt was waited for"
-    assert checkpoint.committed(Storage.at(tmp_path)) == []
+    assert committed(Storage.at(tmp_path)) == []
 
 
 def hung_storage(base: str, root: str) -> tuple[str, float]:
@@ -218,7 +219,7 @@ def test_on_a_full_disk_the_reserve_makes_room(tiny: str, tmp_path: Path, saved_
         made_room = [line for line in results[0].warned if "the disk is full: removed 000000" in line]
         assert made_room, results[0].warned  # how often: steps are faster than the look at the disk
         assert committed_steps(root)[-1] == 24 and len(committed_steps(root)) == 2
-        for ref in checkpoint.committed(Storage.at(root / "checkpoints")):
+        for ref in committed(Storage.at(root / "checkpoints")):
             checkpoint.verify(Storage.at(root / "checkpoints"), ref.name)
 
 

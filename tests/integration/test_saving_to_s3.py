@@ -14,6 +14,7 @@ import pyarrow.fs as pafs
 import pytest
 
 from data_shards.retry import Patience
+from tests.support.checkpoints import committed
 from tests.support.distributed import run_workers
 from tests.support.fault_proxy import Fault, FaultProxy, Faults
 from tests.support.object_store import CREDENTIALS, S3Server, create_bucket, s3_uri
@@ -107,7 +108,7 @@ def check_nothing_is_lost(store: Store, undisturbed: tuple[RankFile, ...]) -> No
     """As it lies on the server: every step is recorded, and what was committed is whole."""
     assert recorded_steps(store.uri) == list(range(1, STEPS + 1))
     checkpoints = RunDirectory.at(store.uri).checkpoints
-    for ref in checkpoint.committed(checkpoints):
+    for ref in committed(checkpoints):
         checkpoint.verify(checkpoints, ref.name)
     assert last_files(store.uri) == undisturbed
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from data_shards.errors import CorruptFile
 from data_shards.storage import Storage
 from tests.support.tiny import DRAFT
-from trainer.checkpoint import CheckpointRef, commit, target_of, write_rank
+from trainer.checkpoint import CheckpointRef, commit, read_manifest, target_of, write_rank
 from trainer.checkpoint_manifest import CheckpointManifest, ParameterEntry
 from trainer.config import LoraConfig
 from trainer.model import add_lora
@@ -55,3 +56,22 @@ def write_checkpoint(checkpoints: Storage, manifest: CheckpointManifest, values:
         }
         write_rank(target, rank, slices)
     return commit(target, manifest)
+
+
+def committed(
+    checkpoints: Storage, *, on_bad: Callable[[str, str], None] = lambda name, problem: None
+) -> list[CheckpointRef]:
+    """Committed checkpoints whose files have the right sizes, oldest first.
+
+    Args:
+        on_bad: called with name and problem for each directory that has a manifest which can't be accepted.
+    """
+    found = []
+    for name in checkpoints.list():
+        try:
+            found.append(read_manifest(checkpoints, name))
+        except FileNotFoundError:
+            continue
+        except CorruptFile as error:
+            on_bad(name, str(error))
+    return sorted(found, key=lambda ref: (ref.step, ref.name))

@@ -21,6 +21,7 @@ import torch
 from data_shards.order.sampler import Sampler
 from data_shards.retry import ONE_MINUTE, Patience
 from data_shards.storage import Storage
+from tests.support.checkpoints import committed
 from tests.support.engines import ADAMW, make_engine
 from tests.support.tiny import DRAFT, MemoryPacks, ragged_packs
 from trainer import checkpoint
@@ -188,12 +189,12 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
 
 
 def committed_steps(root: str | Path) -> list[int]:
-    return [ref.step for ref in checkpoint.committed(RunDirectory.at(str(root)).checkpoints)]
+    return [ref.step for ref in committed(RunDirectory.at(str(root)).checkpoints)]
 
 
 def last_files(root: str | Path) -> tuple[RankFile, ...]:
     """Of the newest checkpoint, with their hashes: the state at its step."""
-    return checkpoint.committed(RunDirectory.at(str(root)).checkpoints)[-1].manifest.files
+    return committed(RunDirectory.at(str(root)).checkpoints)[-1].manifest.files
 
 
 def recorded_steps(root: str | Path) -> list[int]:

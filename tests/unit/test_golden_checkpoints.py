@@ -12,6 +12,7 @@ import torch
 from data_shards import signed_json
 from data_shards.errors import CorruptFile
 from data_shards.storage import Storage
+from tests.support.checkpoints import committed
 from tests.support.golden import PARAMETERS, PROGRESS, STATE_KEYS, golden_values, write_golden
 from trainer import checkpoint
 from trainer.checkpoint_manifest import KIND, MANIFEST, VERSION
@@ -24,7 +25,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_every_released_version_is_read_at_any_size(version: int, world_size: int) -> None:
     checkpoints = Storage.at(GOLDEN / f"version-{version}")
-    (ref,) = checkpoint.committed(checkpoints)
+    (ref,) = committed(checkpoints)
     assert ref.manifest.parameters == PARAMETERS
     read = asdict(ref.manifest.progress)
     assert {key: read[key] for key in asdict(PROGRESS) if key != "eval_step"} == {
