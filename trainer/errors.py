@@ -34,7 +34,7 @@ class BringingFailed(BatonError):
 
 
 class CheckpointOutOfReach(CheckpointUnusable):
-    """It is of the fast tier, and the nodes that are here do not have all of it."""
+    """It is gone, or of the fast tier, and the nodes that are here do not have all of it."""
 
 
 class RunHeld(BatonError):

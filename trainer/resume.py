@@ -9,7 +9,7 @@ from trainer.base_identity import refuse_other_base
 from trainer.checkpoint import CheckpointRef
 from trainer.config import Method, WorkerSpec
 from trainer.engine import ZeroEngine
-from trainer.errors import CheckpointCorrupt, ModelError
+from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach, ModelError
 from trainer.fast_tier import bring_together
 from trainer.run_directory import RunDirectory
 from trainer.staging import Staging
@@ -25,6 +25,8 @@ def find_resumed(run: RunDirectory, spec: WorkerSpec) -> CheckpointRef | None:
         return None
     try:
         ref = checkpoint.read_manifest(run.checkpoints, spec.resume_from)
+    except FileNotFoundError as error:  # a worker of an attempt before this one went on, and removed it
+        raise CheckpointOutOfReach(spec.resume_from, "it is not there any more") from error
     except CorruptFile as error:  # since the driver looked
         raise CheckpointCorrupt(spec.resume_from, str(error)) from error
     _check_base(spec, ref)

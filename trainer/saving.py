@@ -161,7 +161,8 @@ class Saver:
     def stuck_message(self) -> str:
         return (
             f"{self._checkpoints.uri}: writing has not ended within {_PATIENCE * self._timeout_s:.0f} s on some rank; "
-            "the storage hangs, or is far too slow (then raise checkpoint.commit_timeout_s)"
+            "the storage, or of the fast tier a node's disk, hangs or is far too slow (then raise "
+            "checkpoint.commit_timeout_s)"
         )
 
     def finish_retention(self) -> None:
