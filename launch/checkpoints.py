@@ -52,7 +52,7 @@ def _verify(run: RunDirectory) -> int:
     for name in run.checkpoints.list():
         try:
             ref = checkpoint.verify(run.checkpoints, name)
-            released = "; taken out of quarantine" if release(run, name) else ""
+            released = "; it may be used again" if release(run, name) else ""
             print(f"good  {name}  {sum(entry.size for entry in ref.manifest.files):,} bytes{released}")
         except FileNotFoundError:
             print(f"none  {name}  never committed (no manifest)")

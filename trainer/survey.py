@@ -24,6 +24,9 @@ from trainer.run_directory import (
 QUARANTINE = "quarantine.json"
 """Beside the manifest of a checkpoint that did not read back as written. It is kept, for people, and not used."""
 
+VERIFIED = "verified.json"
+"""Beside the manifest of one that an attempt could not use, and that was found good since."""
+
 
 class NoUsableCheckpoint(BatonError):
     """There are commits, and none of them can be read."""
@@ -61,7 +64,7 @@ def survey(run: RunDirectory) -> Survey:
     found = Survey([], {}, {}, [], set(), attempts, chain)
     failed = _found_unusable(run, chain)
     for name in names:
-        problem, ref = _known_problem(name, failed), None
+        problem, ref = _known_problem(run, name, failed), None
         try:
             ref = checkpoint.read_manifest(run.checkpoints, name)
             _check_name(ref)
@@ -101,9 +104,9 @@ def _found_unusable(run: RunDirectory, chain: Sequence[AttemptStart]) -> dict[st
     return found
 
 
-def _known_problem(name: str, failed: Mapping[str, WorkerError]) -> str:
+def _known_problem(run: RunDirectory, name: str, failed: Mapping[str, WorkerError]) -> str:
     if name in failed:
-        return failed[name].message
+        return "" if run.checkpoints.child(name).exists(VERIFIED) else failed[name].message
     step, _ = checkpoint.parse_name(name)
     for other, error in failed.items():
         if not error.corrupt and checkpoint.is_fast(name) and step <= checkpoint.parse_name(other)[0]:
@@ -199,13 +202,18 @@ def tip_and_newest(run: RunDirectory, say: Say = print) -> tuple[AttemptStart | 
 
 def quarantine(run: RunDirectory, name: str, reason: str) -> None:
     """From now on nobody uses this checkpoint, and nobody removes it."""
-    write_json(run.checkpoints.child(name), QUARANTINE, {"reason": reason, "at": utc_now()})
+    folder = run.checkpoints.child(name)
+    if folder.exists(VERIFIED):
+        folder.delete_file(VERIFIED)
+    write_json(folder, QUARANTINE, {"reason": reason, "at": utc_now()})
 
 
 def release(run: RunDirectory, name: str) -> bool:
-    """Take a checkpoint that was verified out of quarantine. Returns whether it was there."""
+    """A checkpoint was verified: it may be used again, whatever an attempt found. Returns whether that is news."""
     folder = run.checkpoints.child(name)
-    if not folder.exists(QUARANTINE):
-        return False
-    folder.delete_file(QUARANTINE)
-    return True
+    marked, passed_over = folder.exists(QUARANTINE), name in _found_unusable(run, run.lineage())
+    if passed_over:
+        write_json(folder, VERIFIED, {"at": utc_now()})
+    if marked:
+        folder.delete_file(QUARANTINE)
+    return marked or passed_over

@@ -155,6 +155,19 @@ def test_nothing_usable_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
         newest_usable(run)
 
 
+def test_what_an_attempt_could_not_use_is_used_again_once_it_is_verified(tmp_path: Path) -> None:
+    """Also under torchrun, where nobody puts it in quarantine. Where it fails again, that counts."""
+    run = RunDirectory.at(str(tmp_path))
+    first = run.start_attempt(None, None, ())
+    name = commit(run, first.attempt, 5)
+    found_unusable(run, first, name, corrupt=True)
+    assert not survey(run).usable and "a bit" in survey(run).bad[name]
+    assert release(run, name) and [ref.name for ref in survey(run).usable] == [name]
+    found_unusable(run, run.lineage()[-1], name, corrupt=True)
+    quarantine(run, name, "again")
+    assert not survey(run).usable
+
+
 def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
     run = RunDirectory.at(str(tmp_path))
     start = run.start_attempt(None, None, ())
