@@ -7,6 +7,7 @@ offered.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -27,6 +28,8 @@ from data_shards.retry import ONE_MINUTE, Patience, Result, with_retries
 
 _COPY_BYTES = 1024 * 1024
 """Hashed and written at a time, so that what is written still lies in the processor's cache."""
+
+OUT_OF_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{32}\.tmp|\.probe-[0-9a-f]{32}")
 """What a writer, or a check of whether one may write, leaves when it is killed."""
@@ -94,12 +97,14 @@ class Storage:
         return with_retries(action, f"{verb} {self.uri_of(relative)}", self._patience)
 
     def check_writable(self) -> None:
-        """Write and remove a small file. Raises BadInput with the reason."""
+        """Write and remove a small file. Raises BadInput with the reason, but OSError where the disk is full."""
         probe = f".probe-{uuid.uuid4().hex}"
         try:
             self.write(probe, [b"baton"])
             self.delete_file(probe)
         except OSError as error:
+            if error.errno in OUT_OF_ROOM:
+                raise  # nothing that was given is wrong
             raise BadInput(
                 f"storage {self.uri!r} can't be written: {error}. Check that it exists, its permissions and free "
                 "space, or choose another with run.storage=…"
@@ -141,8 +146,10 @@ class Storage:
                 os.fsync(file.fileno())
             reach("rename", target)
             aside.replace(target)
-        except BaseException:
+        except BaseException as error:
             aside.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:  # a write does not say where there was no room
+                error.filename = str(target)
             raise
         reach("sync folder", target)
         _sync_directory(target.parent)

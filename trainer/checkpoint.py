@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -137,7 +138,7 @@ def discard(target: Storage) -> None:
     """
     if target.exists(MANIFEST):
         raise BatonError(f"{target.uri} is committed; only retention removes it")
-    if target.list():
+    with suppress(FileNotFoundError):  # no rank began to write
         target.delete_tree("")
 
 

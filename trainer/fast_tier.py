@@ -54,7 +54,7 @@ class FastTier:
         folder = folder_on_node(path, run.storage)
         try:
             folder.check_writable()
-        except BadInput as error:
+        except (BadInput, OSError) as error:
             raise BadInput(
                 f"checkpoint.fast.path={path!r}: no use on node {socket.gethostname()}: {error.__cause__ or error}"
             ) from error

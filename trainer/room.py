@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import threading
 from collections.abc import Callable, Sequence
 
+from data_shards.storage import OUT_OF_ROOM
+
 _POLL_SECONDS = 1.0
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_out_of_room(error: BaseException | None) -> bool:
     """Whether a full disk or a used-up quota caused it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in OUT_OF_ROOM:
             return True
         error = error.__cause__
     return False

@@ -30,9 +30,9 @@ def expected_codes(rank: int | None, point: str, kind: Kind) -> set[int]:
     """
     if kind in (Kind.KILL, Kind.KILL_ALL):
         return {-signal.SIGKILL} if rank is None else {ExitCode.DONE}
-    if _PROBE.search(point):
-        return {ExitCode.BAD_INPUT}
     full = kind == Kind.ENOSPC
+    if _PROBE.search(point):
+        return {ExitCode.STOPPED if full and rank is None else ExitCode.BAD_INPUT}
     if rank is not None:
         if not full or not _DURABLE_SAVE.match(point):
             return {ExitCode.DONE}

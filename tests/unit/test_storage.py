@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ from data_shards.errors import BadInput, CorruptFile
 from data_shards.hashed_file import BLOCK_BYTES, FileEntry
 from data_shards.storage import Storage
 from data_shards.verified_reader import VerifiedReader
+from tests.support.disk import disk_of
 from trainer.tensor_files import TensorFile, TensorSpec, write_tensors
 
 
@@ -138,3 +142,15 @@ def test_sizes_come_with_one_listing(tmp_path: Path) -> None:
     storage.write("a", [b"123"])
     storage.write("folder/b", [b"1"])
     assert storage.sizes() == {"a": 3} and storage.sizes("folder") == {"b": 1} and storage.sizes("none") == {}
+
+
+def test_a_full_disk_is_no_wrong_input_and_is_named(tmp_path: Path) -> None:
+    with disk_of(tmp_path / "disk", 64 * 1024) as root:
+        with (root / "others").open("wb") as file, suppress(OSError):
+            while True:
+                os.write(file.fileno(), bytes(4096))
+        for refused in (Storage.at(root).check_writable, lambda: Storage.at(root).write("mine", [bytes(9)])):
+            with pytest.raises(OSError, match=r"No space left on device: '.*/disk/") as told:
+                refused()
+            assert told.value.errno == errno.ENOSPC
+        assert Storage.at(root).list() == ["others"]
