@@ -10,7 +10,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from data_shards.errors import BadInput, BatonError
 from launch.config import Config, load_config, resolve_paths
@@ -92,20 +91,20 @@ def run_verb(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> 
         return int(ExitCode.FAILED)
 
 
-def end_process(code: int) -> NoReturn:
-    """Where all is done. Under torchrun without the interpreter's and the libraries' own clean-up: now and then it
-    aborts a process that was in a gloo group, even one that has left it ("terminate called without an active
-    exception"), and torchrun takes all others down with it."""
+def finished(code: int) -> int:
+    """For the end of a script: the code, with which it exits. Under torchrun it exits here, without the interpreter's
+    and the libraries' own clean-up: now and then that aborts a process that was in a gloo group, even one that has left
+    it ("terminate called without an active exception"), and torchrun takes all others down with it."""
     if under_torchrun():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+    return code
 
 
-def main() -> NoReturn:
+def main() -> int:
     """The console script."""
-    end_process(_run_named_verb())
+    return finished(_run_named_verb())
 
 
 def _run_named_verb() -> int:

@@ -19,7 +19,7 @@ from cluster.launcher import WorkerLauncher, launching
 from data_shards.errors import BadInput, BatonError
 from data_shards.prepare import VALIDATION, Prepared
 from data_shards.reading.shard_reader import SplitReader
-from launch.cli import config_from, config_parser, end_process, run_verb, say, under_torchrun
+from launch.cli import config_from, config_parser, finished, run_verb, say, under_torchrun
 from launch.config import Config
 from launch.evaluation_subject import (
     Subject,
@@ -185,4 +185,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    end_process(run_verb(main, sys.argv[1:]))
+    sys.exit(finished(run_verb(main, sys.argv[1:])))

@@ -15,7 +15,7 @@ from cluster.launcher import WorkerLauncher, launching
 from cluster.lease import Lease, holding
 from cluster.run_metrics import RunState
 from data_shards.errors import BadInput
-from launch.cli import config_from, config_parser, end_process, run_verb, say, under_torchrun
+from launch.cli import config_from, config_parser, finished, run_verb, say, under_torchrun
 from launch.config import Config, to_yaml
 from launch.exit_codes import ExitCode
 from launch.job import Job, export_if_asked, make_job, settle, write_result
@@ -138,4 +138,4 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
 
 
 if __name__ == "__main__":
-    end_process(run_verb(main, sys.argv[1:]))
+    sys.exit(finished(run_verb(main, sys.argv[1:])))

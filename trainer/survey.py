@@ -171,7 +171,8 @@ def newest_usable(run: RunDirectory, say: Say = print) -> CheckpointRef | None:
     strangers = [name for name, limit in found.superseded.items() if limit == STRANGER]
     lost = sorted([*found.bad, *strangers])
     begun_with = found.chain[-1].resume_from if found.chain else None  # retention took those before it away
-    only_fast = all(map(checkpoint.is_fast, [*lost, *found.superseded]))
+    passed_over = [name for name, limit in found.superseded.items() if limit > 0]  # a fast one before it was good
+    only_fast = all(map(checkpoint.is_fast, [*lost, *passed_over]))
     if not only_fast or (begun_with is not None and begun_with not in {**found.bad, **found.superseded}):
         named = ", ".join(lost) or "they are gone"
         raise NoUsableCheckpoint(
