@@ -44,7 +44,7 @@ def _reach(plan: dict[str, Any], operation: str, path: str) -> None:
             file.write(json.dumps([None if rank is None else int(rank), point]) + "\n")
         return
     pids = Path(plan["mark"]).with_suffix(".pids")
-    _register(pids)
+    _register(pids, os.getpid())
     if plan["point"] != point or str(plan["rank"]) != str(rank) or Path(plan["mark"]).exists():
         return
     Path(plan["mark"]).write_text(point)
@@ -64,7 +64,8 @@ def _reach(plan: dict[str, Any], operation: str, path: str) -> None:
 
 
 @cache
-def _register(pids: Path) -> None:
+def _register(pids: Path, pid: int) -> None:
+    """Once a process: a worker may be a fork of one that has been here."""
     if "RANK" in os.environ:
         with pids.open("a") as file:
-            file.write(f"{os.getpid()}\n")
+            file.write(f"{pid}\n")
