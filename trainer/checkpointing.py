@@ -114,19 +114,22 @@ class Checkpointing:
         if standing.save_failed and not self._save.failed:
             self.saver.abandon()
             self._save.failed = True
-            if self._save.tier == Tier.FAST:
-                pass  # what is durable is not behind for it
-            elif standing.out_of_room:
-                self.room.deny()
-                self._due, self._come_again = Tier.DURABLE, True
-            else:
-                self._failed_in_a_row += 1
+            if self._save.tier == Tier.DURABLE:
+                self._durable_failed(standing)
         if (ended := self.saver.ended()) is not None:
             self._tell(progress, self._save, ended)
         if standing.save_stuck:
             raise SaveFailed(self.saver.stuck_message())
         if self._failed_in_a_row >= _MOST_FAILED_SAVES:
             raise SaveFailed(f"{self._failed_in_a_row} saves in a row failed, the last that of step {self._save.step}")
+
+    def _durable_failed(self, standing: Standing) -> None:
+        """For want of room it is tried again; other failures are counted."""
+        if standing.out_of_room:
+            self.room.deny()
+            self._due, self._come_again = Tier.DURABLE, True
+        else:
+            self._failed_in_a_row += 1
 
     def save_if_due(self, progress: Progress, standing: Standing) -> float:
         """Begin a save; or leave it out while another is being written; or, where there is no room, have some made and

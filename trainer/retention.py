@@ -36,7 +36,7 @@ def kept(usable: Sequence[CheckpointRef], config: CheckpointConfig, sparing: Spa
     stay = {ref.name for ref in durable[-number:]}
     if config.keep_every is not None:
         firsts = {ref.step // config.keep_every: ref.name for ref in reversed(durable)}
-        stay |= {name for number, name in firsts.items() if number}
+        stay |= {name for multiple, name in firsts.items() if multiple > 0}
     scored = [ref for ref in durable if ref.manifest.progress.evaluated_here]
     best = sorted(scored, key=lambda ref: (ref.manifest.progress.eval_loss, -ref.step))
     stay |= {ref.name for ref in best[: config.keep_best]}

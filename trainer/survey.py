@@ -23,7 +23,6 @@ from trainer.run_directory import (
 
 QUARANTINE = "quarantine.json"
 """Beside the manifest of a checkpoint that did not read back as written. It is kept, for people, and not used."""
-
 VERIFIED = "verified.json"
 """Beside the manifest of one that an attempt could not use, and that was found good since."""
 
@@ -109,7 +108,8 @@ def _known_problem(run: RunDirectory, name: str, failed: Mapping[str, WorkerErro
         return "" if run.checkpoints.child(name).exists(VERIFIED) else failed[name].message
     step, _ = checkpoint.parse_name(name)
     for other, error in failed.items():
-        if not error.corrupt and checkpoint.is_fast(name) and step <= checkpoint.parse_name(other)[0]:
+        away = checkpoint.is_fast(other) and not error.corrupt
+        if away and checkpoint.is_fast(name) and step <= checkpoint.parse_name(other)[0]:
             return f"checkpoint {name}: as out of reach as {other}"
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -25,7 +26,7 @@ from trainer.checkpoint import rank_file
 from trainer.checkpointing import Checkpointing
 from trainer.config import WorkerSpec
 from trainer.errors import BatonError
-from trainer.metrics import NoMetrics
+from trainer.metrics import NoMetrics, Report
 from trainer.progress_log import ProgressLog
 from trainer.rank_file import RankFile
 from trainer.shared_storage import check_shared
@@ -44,21 +45,38 @@ def cut_short(_checkpointing: Checkpointing, _progress: Any) -> float:
     raise BatonError("the attempt ends here")
 
 
-def attempt_on_nodes(spec: WorkerSpec, disks: list[str], shown_at: str, ends: bool) -> str:
+def attempt_on_nodes(spec: WorkerSpec, disks: list[str], shown_at: str, ends: bool, faults: dict[str, Any]) -> str:
     """An attempt's worker, on a node of its own; each save ends before the next step. Returns what it warned of, and
-    failed with."""
+    failed with; and whether it reported a checkpoint of the fast tier as if it could not be lost."""
     told: list[str] = []
+    if faults:
+        os.environ["BATON_FAULTS"] = json.dumps(faults)
     ProgressLog.warn = staticmethod(told.append)  # type: ignore[assignment]
     become_node(Path(disks[int(os.environ["RANK"])]), Path(shown_at))
     os.environ["LOCAL_RANK"] = "0"
     saves_end_before_the_next_step()
     if not ends:
         Checkpointing.save_at_end = cut_short  # type: ignore[method-assign,assignment]
+    commits = Commits()
     try:
-        train(spec, NoMetrics())
+        train(spec, commits)
     except BatonError as error:
         told.append(f"{type(error).__name__}: {error}")
+    every = spec.trainer.checkpoint.every_steps
+    if reported := [step for step in commits.steps if step != STEPS and step % every]:
+        told.append(f"reported as durable: {reported}")
     return "\n".join(told)
+
+
+class Commits(NoMetrics):
+    """Remembers which steps were reported as committed."""
+
+    def __init__(self) -> None:
+        self.steps: set[int] = set()
+
+    def send(self, report: Report) -> None:
+        if report.last_commit is not None:
+            self.steps.add(report.last_commit.step)
 
 
 class Nodes:
@@ -74,13 +92,13 @@ class Nodes:
         settle(self.job, lambda line: None)
         self.run = self.job.run
 
-    def attempt(self, *disks: str, ends: bool) -> list[str]:
+    def attempt(self, *disks: str, ends: bool, faults: dict[str, Any] | None = None) -> list[str]:
         """By workers that each see the disk of this name. Returns what they told."""
         parent, newest = tip_and_newest(self.run)
         start = self.run.start_attempt(parent, newest, ())
         places = [str(self.folder / disk) for disk in disks]
         spec = self.job.spec(start.attempt, newest)
-        return run_workers(attempt_on_nodes, len(disks), spec, places, str(self.shown_at), ends)
+        return run_workers(attempt_on_nodes, len(disks), spec, places, str(self.shown_at), ends, faults or {})
 
     def committed(self) -> dict[str, bool]:
         """Whether it is of the fast tier, by step."""
@@ -129,11 +147,16 @@ def test_nodes_whose_storage_is_their_own_are_refused_with_what_to_do(tmp_path: 
 
 
 def test_ranks_that_change_places(workshop: Workshop, tmp_path: Path, expected_files: tuple[RankFile, ...]) -> None:
-    """What a node lacks is brought from the one that has it."""
+    """What a node lacks is brought from the one that has it; where there is no room, nobody waits for it."""
     nodes = Nodes(workshop, "nodes-swapped", tmp_path, every=1000)
     assert "the attempt ends here" in nodes.attempt("a", "b", ends=False)[0]
     assert (nodes.files_on("a"), nodes.files_on("b")) == ([rank_file(0)], [rank_file(1)])
     assert nodes.committed() == {"16": True}
+    copy = f"create checkpoints/00000016-ID.fast/{rank_file(0)}"  # by rank 1, which has what was rank 0's
+    full = {"rank": 1, "point": copy, "kind": "ENOSPC", "mark": str(tmp_path / "fired")}
+    for told in nodes.attempt("b", "a", ends=True, faults=full):
+        assert told.startswith("CheckpointOutOfReach") and "no room to bring its files together" in told
+    assert (tmp_path / "fired").read_text() == copy
     assert nodes.attempt("b", "a", ends=True) == ["", ""]
     assert nodes.final_files() == expected_files
 
@@ -193,6 +216,13 @@ def test_a_damaged_one_is_put_in_quarantine(
     told = nodes.attempt("b", "a", ends=True)
     assert any(line.startswith("CheckpointCorrupt") and rank_file(0) in line for line in told)
     assert any(line.startswith("BringingFailed") for line in told), "the other rank's"
+    for disk in ("a", "b"):
+        shutil.copytree(tmp_path / disk, nodes.shown_at, dirs_exist_ok=True)
+    done = run_here(finetune.main, "--config", str(nodes.file))  # on one node that has it all
+    assert done.code == 0 and re.findall(r"resuming from step (\d+)", done.output) == ["16", "12"], done.output
+    (marked,) = (nodes.run.checkpoints.local_path or tmp_path).glob("*/quarantine.json")
+    assert marked.parent.name.startswith("00000016-") and rank_file(0) in marked.read_text()
+    assert nodes.final_files() == expected_files
 
 
 def test_a_path_that_can_not_be_written(workshop: Workshop, tmp_path: Path) -> None:

@@ -14,14 +14,17 @@ from pydantic import ValidationError
 from data_shards import signed_json
 from data_shards.storage import Storage
 from launch import checkpoints
+from tests.support.checkpoints import random_values, write_checkpoint
 from tests.support.command import run_here
 from tests.support.tiny import DRAFT
 from tests.unit.test_run_directory import commit, found_unusable
-from trainer.checkpoint import directory_name, is_fast, parse_name, read_manifest
+from trainer.checkpoint import directory_name, hash_file, is_fast, parse_name, rank_file, read_manifest
 from trainer.checkpoint_manifest import KIND, VERSION, CheckpointManifest, ParameterEntry
 from trainer.checkpointing import Cadence, Tier
 from trainer.config import CheckpointConfig, FastTierConfig
+from trainer.disk_plan import fast_tier_bytes
 from trainer.fast_tier import FastTier, folder_on_node, needed_files
+from trainer.model_shape import FP32, ParameterShape
 from trainer.retention import prune
 from trainer.run_directory import RunDirectory
 from trainer.survey import NoUsableCheckpoint, newest_usable, survey
@@ -215,3 +218,16 @@ def test_verify_reads_what_is_here_and_names_what_is_away(tmp_path: Path) -> Non
     (tmp_path / "nvme" / here / "rank-00000.safetensors").write_bytes(b"y")
     told = run_here(checkpoints.main, "verify", str(tmp_path / "run"))
     assert told.code == 1 and f"BAD   {here}" in told.output, told.output
+
+
+def test_the_plan_counts_what_a_rank_writes_to_its_node(tmp_path: Path) -> None:
+    """To the byte: of rank 0, which writes the most; those kept, one that is written, one yet to be taken away."""
+    shapes = {"wide": (3, 50), "odd": (7,)}
+    parameters = tuple(ParameterEntry(name, shape) for name, shape in shapes.items())
+    states = ("exp_avg", "exp_avg_sq")
+    manifest = replace(DRAFT, world_size=3, parameters=parameters, optimizer={"state_keys": list(states)})
+    ref = write_checkpoint(Storage.at(tmp_path), manifest, random_values())
+    written = [(tmp_path / ref.name / name).stat().st_size for name in (rank_file(0), hash_file(0))]
+    trained = [ParameterShape(name, shape, FP32, True) for name, shape in shapes.items()]
+    assert fast_tier_bytes(CheckpointConfig(fast=FAST), trained, 3, states) == (FAST.keep_last + 2) * sum(written)
+    assert fast_tier_bytes(CheckpointConfig(), trained, 3, states) == 0
