@@ -26,7 +26,7 @@ from cluster.run_metrics import COUNTERS, GAUGES, STEP_SECONDS
 from launch import finetune
 from launch.quickstart_inputs import make_base
 from tests.integration.conftest import Workshop
-from tests.support.command import Command, RunFiles, Trace, edited_tree, run_here, write_config
+from tests.support.command import Command, RunFiles, Trace, edited_tree, run_here, slowed_tree, write_config
 from tests.support.prometheus import DASHBOARD, Prometheus, prometheus, promtool, tool
 
 STEPS, COMMIT_EVERY, BATCH = 30, 10, 4
@@ -102,9 +102,10 @@ def observed(
     config = write_config(workshop.data, values | {"cluster": ray, "metrics": {"port": port}}, RUN)
     files = RunFiles(workshop.data / "runs" / RUN)
     folder = tmp_path_factory.mktemp("prometheus")
+    slow = slowed_tree(folder, 0.3)  # workers may outlive their driver by a second; they must not finish in it
     began = time.time()
     with prometheus(folder, f"127.0.0.1:{port}", job="baton", every="250ms") as server:
-        first = Command("finetune", "--config", str(config))
+        first = Command("finetune", "--config", str(config), tree=slow, cwd=folder)
         try:
             first.wait_for(rf"step {worker_step}/{STEPS} ")
             pids = re.findall(rf"worker rank {rank} of 2: pid (\d+)", first.output)

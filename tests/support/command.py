@@ -142,17 +142,33 @@ class RunFiles:
         return [(steps[i]["loss"], steps[i]["grad_norm"], steps[i]["rows_digest"]) for i in sorted(steps)]
 
 
-def edited_tree(folder: Path) -> Path:
-    """A copy of the working tree in which somebody changed code meanwhile."""
-    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.egg-info", ".hypothesis")
-    tree = shutil.copytree(ROOT, folder / "edited", ignore=ignored)
+def edited_tree(folder: Path, tree: Path = ROOT) -> Path:
+    """A copy of a working tree in which somebody changed code meanwhile."""
+    tree = _copied_tree(tree, folder / "edited")
     with (tree / "trainer" / "loop.py").open("a") as file:
         file.write("\n# an edit that changes nothing\n")
-    progress = tree / "trainer" / "progress_log.py"
-    text = progress.read_text()
-    assert "ETA {eta}" in text
-    progress.write_text(text.replace("ETA {eta}", "ETA {eta} (edited)"))
+    _replace(tree / "trainer" / "progress_log.py", "ETA {eta}", "ETA {eta} (edited)")
     return tree
+
+
+def slowed_tree(folder: Path, seconds: float) -> Path:
+    """A copy of the working tree whose steps take so much longer, so that a command or a signal that is meant for the
+    middle of a run does not come after its end."""
+    tree = _copied_tree(ROOT, folder / "slowed")
+    before = "        self._fetch_ahead(done)\n"
+    _replace(tree / "trainer" / "loop.py", before, f"        time.sleep({seconds})\n{before}")
+    return tree
+
+
+def _copied_tree(tree: Path, folder: Path) -> Path:
+    ignored = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", ".*_cache", "*.egg-info", ".hypothesis")
+    return shutil.copytree(tree, folder, ignore=ignored)
+
+
+def _replace(path: Path, text: str, by: str) -> None:
+    before = path.read_text()
+    assert text in before
+    path.write_text(before.replace(text, by))
 
 
 def write_config(folder: Path, values: dict[str, Any], name: str = "run") -> Path:
