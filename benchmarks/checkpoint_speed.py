@@ -3,11 +3,14 @@
 Workers (gloo, CPU) hold a random Llama-shaped model of about the given size of state (fp32 master and two Adam states,
 12 bytes a parameter, over all ranks). Each round measures, as the slowest rank sees it:
 
-- stall: ``Saver.begin``, all that a step waits for, beside one plain copy of as many bytes to memory that was touched
-- persist: from there to the commit (hashes and fsync included), beside ``dd conv=fsync`` of as many bytes by each rank
+- stall: what training waits for a save (``Saver.begin``, and the next update for the copies that are made behind
+  forward and backward), beside one plain copy of as many bytes to memory that was touched; and what that step takes
+  longer than others, for what copies beside it takes of processors and memory
+- persist: a save at rest, copies, hashes and fsync included, beside ``dd conv=fsync`` of as many bytes by each rank
 - load: a committed checkpoint into the engine's own memory, every block hashed, beside ``dd`` reading the same files
 - ``engine.save_checkpoint`` and ``load_checkpoint``; DCP's ``save``, and the wait of its ``async_save``
-- steps while a save is written, beside steps without one; CPU seconds of the writing thread
+- steps while a save is written (but for the first, see stall), beside steps without one; CPU seconds of the writing
+  thread
 
 Whatever is read was dropped from the page cache before, for all contenders alike. ``--reshard`` instead saves on 4
 workers and loads on 2, and saves on 2 and loads on 3, each beside a load of what as many workers have saved.
@@ -32,14 +35,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data_shards.pack import Pack
 from data_shards.storage import Storage
 from tests.support.checkpoints import committed
 from tests.support.distributed import run_workers
-from tests.support.tiny import DRAFT, ragged_packs
+from tests.support.tiny import DRAFT, VOCAB, MemoryPacks, ragged_packs
 from trainer import checkpoint
 from trainer.checkpoint_manifest import Progress
 from trainer.config import STATE_KEYS, LoraConfig, Method, ModelConfig, OptimizerConfig, Precision, ZeroConfig
@@ -110,7 +115,7 @@ def forget(folder: Path) -> None:
     torch.distributed.barrier()
 
 
-def one_round(engine: ZeroEngine, saver: Saver, root: Path, number: int) -> Times:
+def one_round(engine: ZeroEngine, saver: Saver, packs: MemoryPacks, root: Path, number: int) -> Times:
     import torch.distributed.checkpoint as dcp
 
     rank, storage = engine.rank, Storage.at(root / "baton")
@@ -119,9 +124,8 @@ def one_round(engine: ZeroEngine, saver: Saver, root: Path, number: int) -> Time
     mine = sum(value.nbytes for value in slices.values())
     blocks = -(-mine // (8 << 20))
     times: Times = {"memcpy": plain_copy(mine)}
-    times["stall"] = slowest(lambda: saver.begin(draft))
     cpu = time.process_time()
-    times["persist"] = slowest(saver.finish)
+    times["persist"] = slowest(lambda: (saver.begin(draft), saver.finish()))
     times["CPU of writing"] = time.process_time() - cpu
     plain = root / f"plain-{rank}"
     times["dd write"] = slowest(lambda: dd("if=/dev/zero", f"of={plain}", f"count={blocks}", "conv=fsync"))
@@ -143,7 +147,7 @@ def one_round(engine: ZeroEngine, saver: Saver, root: Path, number: int) -> Time
     )
     pending[0].result()
     torch.distributed.barrier()
-    times |= steps_beside_a_save(engine, saver, number)
+    times |= steps_beside_a_save(engine, saver, packs, number)
     if rank == 0:
         for name in ("baton", "deepspeed", "dcp", "dcp-async"):
             shutil.rmtree(root / name, ignore_errors=True)
@@ -152,25 +156,32 @@ def one_round(engine: ZeroEngine, saver: Saver, root: Path, number: int) -> Time
     return times | {"bytes": float(mine * engine.world_size)}
 
 
-def steps_beside_a_save(engine: ZeroEngine, saver: Saver, number: int) -> Times:
-    """Median seconds of a step, without a save and while one is being written (by any rank)."""
-    packs = ragged_packs(engine.world_size)
+def steps_beside_a_save(engine: ZeroEngine, saver: Saver, packs: MemoryPacks, number: int) -> Times:
+    """Of the slowest rank: seconds that training waits for a save; of its first step beyond the median of others; and
+    the medians of steps without a save and while one is being written (by any rank)."""
     rows = torch.arange(engine.world_size).numpy()
 
-    def step() -> tuple[float, bool]:
-        started = time.perf_counter()
+    def step() -> bool:
         standing = Standing(saving=saver.busy)
         done = train_step(engine, packs, rows, step=1, seed=0, micro_batch_size=1, learning_rate=0.0, standing=standing)
-        return time.perf_counter() - started, done.standing.saving
+        return done.standing.saving
 
-    alone = [step()[0] for _ in range(4)][1:]
-    saver.begin(replace(DRAFT, progress=Progress(step=1000 + number)))
+    def begin_and_step() -> None:
+        saver.begin(replace(DRAFT, progress=Progress(step=1000 + number)))
+        step()
+
+    alone = statistics.median([slowest(step) for _ in range(4)][1:])
+    first = slowest(begin_and_step)
+    stall = torch.tensor(saver.stall_seconds)
+    torch.distributed.all_reduce(stall, torch.distributed.ReduceOp.MAX)
     beside, saving = [], True
     while saving:
-        seconds, saving = step()
-        beside.append(seconds)
+        started = time.perf_counter()
+        saving = step()
+        beside.append(time.perf_counter() - started)
     saver.finish()
-    return {"step": statistics.median(alone), "step beside a save": statistics.median(beside)}
+    times = {"stall": float(stall), "first step's delay": first - alone}
+    return times | {"step": alone, "step beside a save": statistics.median(beside)}
 
 
 def saved_and_loaded(base: str, root: str, load_from: str | None, save_to: str) -> Times:
@@ -211,13 +222,20 @@ def reshard(base: str, root: str) -> None:
         before = load_from
 
 
-def worker(base: str, root: str, rounds: int) -> list[Times]:
+def packs_of(num: int, num_tokens: int) -> MemoryPacks:
+    ids = np.arange(num_tokens, dtype=np.int32) % VOCAB
+    pack = Pack(ids, np.ones(num_tokens, dtype=bool), np.array([num_tokens], dtype=np.int32))
+    return MemoryPacks([pack] * num)
+
+
+def worker(base: str, root: str, rounds: int, num_tokens: int) -> list[Times]:
     engine = make_engine(base)
+    packs = packs_of(engine.world_size, num_tokens)
     saver = Saver(engine, Storage.at(f"{root}/baton"), commit_timeout_s=600)
     saver.staging.reserve(engine.num_local_elements * (1 + len(STATE_KEYS[OPTIMIZER.name])))
     found = []
     for number in range(rounds):
-        found.append(one_round(engine, saver, Path(root), number))
+        found.append(one_round(engine, saver, packs, Path(root), number))
         if engine.rank == 0:
             shown = ", ".join(f"{name} {value:.2f}" for name, value in found[-1].items() if name != "bytes")
             print(f"round {number + 1}: {shown} s", flush=True)
@@ -225,7 +243,8 @@ def worker(base: str, root: str, rounds: int) -> list[Times]:
 
 
 RATIOS = (
-    ("stall", "memcpy", "the wait of a step is {:.2f} of a plain copy"),
+    ("stall", "memcpy", "training waits for a save {:.2f} of a plain copy"),
+    ("first step's delay", "memcpy", "its first step takes {:.2f} of a plain copy longer"),
     ("deepspeed save", "stall", "engine.save_checkpoint makes training wait {:.1f} times as long"),
     ("DCP async stall", "stall", "DCP's async_save makes training wait {:.1f} times as long"),
     ("dd write", "persist", "written at {:.2f} of dd's speed"),
@@ -255,6 +274,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--tokens", type=int, default=64, help="of a step, on each worker")
     parser.add_argument("--reshard", action="store_true")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default a temporary one")
     options = parser.parse_args()
@@ -264,7 +284,10 @@ def main() -> None:
             reshard(f"{temp}/base", f"{temp}/checkpoints")
             return
         found = run_workers(
-            worker, options.workers, f"{temp}/base", f"{temp}/checkpoints", options.rounds, timeout_s=3600
+            worker,
+            options.workers,
+            *(f"{temp}/base", f"{temp}/checkpoints", options.rounds, options.tokens),
+            timeout_s=3600,
         )
     report(found[0])
 

@@ -55,7 +55,8 @@ class _Save:
 
     step: int
     tier: Tier
-    stall_seconds: float
+    stall_seconds: float = 0.0
+    """beside what the saver counts: waiting for its end"""
     failed: bool = False
     """on any rank; all ranks know it at the same step"""
     told: bool = False
@@ -133,7 +134,7 @@ class Checkpointing:
 
     def save_if_due(self, progress: Progress, standing: Standing) -> float:
         """Begin a save; or leave it out while another is being written; or, where there is no room, have some made and
-        come again with the next step. Returns the seconds that training waited.
+        come again with the next step. Returns the seconds that training waited; the next step waits for the rest.
 
         Raises DiskFull where there is no room and none can be made.
         """
@@ -205,11 +206,10 @@ class Checkpointing:
             draft = replace(draft, files_at=self._cadence.files_at)
         else:
             self._given_step = progress.step
-        started = time.perf_counter()
         self.saver.begin(draft, before=self._log.flushing(), discard_last=failed)
-        self._save = _Save(progress.step, tier, time.perf_counter() - started)
+        self._save = _Save(progress.step, tier)
         self._due = None
-        return self._save.stall_seconds
+        return self.saver.stall_seconds
 
     def _finish(self, progress: Progress) -> Saved | None:
         """Wait for the last save. Collective. Returns how it ended; None where there was none."""
@@ -227,15 +227,16 @@ class Checkpointing:
         if save.told:
             return
         save.told = True
+        stall_seconds = self.saver.stall_seconds + save.stall_seconds
         if ended.error is not None:
             self._log.warn(f"rank {self.saver.rank}: the save of step {ended.step} failed: {ended.error}")
         elif ended.ref is not None:
             if save.tier == Tier.DURABLE:  # alerts ask for the age of what can't be lost
-                self._reporter.committed(progress, ended.ref.manifest, save.stall_seconds)
+                self._reporter.committed(progress, ended.ref.manifest, stall_seconds)
             where = " on the nodes" if save.tier == Tier.FAST else ""
             self._log.say(
                 f"committed step {ended.step}{where}: {ended.seconds:.2f}s, of which training waited "
-                f"{save.stall_seconds:.2f}s"
+                f"{stall_seconds:.2f}s"
             )
 
     def _tell_retention(self) -> None:

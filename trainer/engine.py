@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +76,7 @@ class ZeroEngine:
         self.device = torch.device(self._engine.device)
         self.trained = [TrainedParameter(names[id(p)], tuple(p.ds_shape), p) for p in trained]  # type: ignore[attr-defined]
         self._gradients_checked = False
+        self._before_update: Callable[[], object] = lambda: None
 
     @property
     def module(self) -> Any:
@@ -97,12 +98,21 @@ class ZeroEngine:
             self._engine.backward(scaled, scale_wrt_gas=False)
         return loss_sum.detach()
 
+    def before_update(self, wait: Callable[[], object]) -> None:
+        """Have ``wait`` called before each update: it returns once nobody reads ``local_slices`` any more."""
+        self._before_update = wait
+
+    def await_readers(self) -> None:
+        """Until an update may change ``local_slices``. ``apply_step`` does it, too."""
+        self._before_update()
+
     def apply_step(self, learning_rate: float) -> float:
         """Clip and update. Returns the global gradient norm before clipping.
 
         Raises:
             NonFiniteStep: gradients were inf or NaN, so DeepSpeed skipped the update.
         """
+        self.await_readers()
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
         self._engine.step()
@@ -143,7 +153,7 @@ class ZeroEngine:
 
     def local_slices(self) -> Iterator[tuple[str, torch.Tensor]]:
         """``(name/part, 1-D fp32 slice)`` of everything that this rank holds and a resume needs, without padding: views
-        of the engine's own memory."""
+        of the engine's own memory, which only an update or a load changes."""
         for entry, part, partition in self._partitions(self.state_keys()):
             start, stop = self.bounds(entry)
             if start < stop:

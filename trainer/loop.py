@@ -85,7 +85,7 @@ class Loop:
             learning_rate=rate,
             standing=self.checkpointing.standing()._replace(stop_requested=self.stop_wanted()),
         )
-        seconds = timer.stop()
+        seconds = timer.stop() - result.seconds_by_part["checkpoint"]
         self.progress = replace(
             self.progress,
             step=done + 1,

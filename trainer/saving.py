@@ -1,6 +1,7 @@
-"""Saves that training does not wait for: it goes on once this rank's slices are copied to host memory.
+"""Saves that training does not wait for: only the next update waits until this rank's slices are copied to host memory.
 
-Each rank's thread writes the rank's file and then its receipt; rank 0's thread waits for all receipts and commits by
+They are copied behind the forward and backward that come before it, which do not change them. Each rank's thread then
+writes the rank's file and its receipt; rank 0's thread waits for all receipts and commits by
 writing the manifest. No collective runs there: what the ranks must agree on (is a save still under way, did one fail)
 travels with the all-reduce that each step makes anyway (``step.py``).
 """
@@ -44,7 +45,7 @@ class Saved:
     """what was committed; rank 0 alone knows"""
     error: Exception | None
     seconds: float
-    """from the copy's end to the commit, or to this rank's receipt"""
+    """from the wish to the commit, or to this rank's receipt"""
 
 
 class Saver:
@@ -71,6 +72,11 @@ class Saver:
         self._clear_node = clear_node
         self.staging = Staging(engine.device)
         """host memory for one save; reserve it before the first has to wait for it"""
+        engine.before_update(self._wait_for_copies)
+        self._copied = threading.Event()
+        self._copied.set()
+        self.stall_seconds = 0.0
+        """that training has waited for the last save that was begun"""
         self._thread: threading.Thread | None = None
         self._part_written = threading.Event()
         self._abandoned = threading.Event()
@@ -111,7 +117,8 @@ class Saver:
         *,
         discard_last: bool = False,
     ) -> None:
-        """Copy this rank's slices and have them written. Every rank must call it at the same step.
+        """Have this rank's slices copied and written, as they are now. Every rank must call it at the same step. The
+        engine's next update waits for the copies.
 
         Args:
             before: called in the writing thread, before anything is written.
@@ -121,16 +128,25 @@ class Saver:
         """
         if self.busy:
             raise RuntimeError("a save is under way; two must not overlap")
+        started = time.perf_counter()
         self._ended, self.failed = None, False
         self._give_up_at = time.monotonic() + _PATIENCE * self._timeout_s
         self._part_written.clear()
         self._abandoned.clear()
         manifest = checkpoint.completed(draft, self._engine)
-        slices = self.staging.copy(self._engine.local_slices())
+        copy = self.staging.begin_copy(self._engine.local_slices())
+        self._copied.clear()
         self._thread = threading.Thread(
-            target=self._run, args=(slices, manifest, before, discard_last), name="checkpoint-writer", daemon=True
+            target=self._run, args=(copy, manifest, before, discard_last), name="checkpoint-writer", daemon=True
         )
         self._thread.start()
+        self.stall_seconds = time.perf_counter() - started
+
+    def _wait_for_copies(self) -> None:
+        if not self._copied.is_set():
+            started = time.perf_counter()
+            self._copied.wait()
+            self.stall_seconds += time.perf_counter() - started
 
     def ended(self) -> Saved | None:
         """How the last save that was begun ended here; None while it is under way, or where there was none."""
@@ -185,12 +201,20 @@ class Saver:
         return bool(count > 0)
 
     def _run(
-        self, slices: Slices, manifest: CheckpointManifest, before: Callable[[], object], discard_last: bool
+        self,
+        copy: Callable[[], Slices],
+        manifest: CheckpointManifest,
+        before: Callable[[], object],
+        discard_last: bool,
     ) -> None:
         started = time.monotonic()
         ref, problem = None, None
         try:
-            _give_way()
+            try:
+                slices = copy()
+            finally:
+                self._copied.set()
+            _give_way()  # not before: the next update waits for the copies
             target = checkpoint.target_of(self._checkpoints, manifest)
             if discard_last and self._target is not None and self._target.uri != target.uri:
                 self._discard()  # never what is being written anew

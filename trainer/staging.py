@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -18,7 +20,9 @@ class Staging:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._on_gpu = device.type == "cuda"
+        self._stream: torch.cuda.Stream | None = None
         self._buffer = torch.empty(0)
 
     @property
@@ -38,13 +42,33 @@ class Staging:
 
     def copy(self, slices: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Copies of these 1-D fp32 tensors, end to end in the buffer; they hold until the buffer is used again."""
+        return self.begin_copy(slices)()
+
+    def begin_copy(self, slices: Iterable[tuple[str, torch.Tensor]]) -> Callable[[], dict[str, torch.Tensor]]:
+        """What makes such copies, of the tensors as they are now: to be called once, from any thread, while nobody
+        changes them. A GPU copies on a stream of its own, beside what else it computes."""
         found = dict(slices)
         copies = self._places(found)
-        for name, value in found.items():
-            copies[name].copy_(value, non_blocking=True)
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        return copies
+        stream = self._stream_behind_current()
+
+        def copy() -> dict[str, torch.Tensor]:
+            with torch.cuda.stream(stream) if stream is not None else nullcontext():
+                for name, value in found.items():
+                    copies[name].copy_(value, non_blocking=True)
+            if stream is not None:
+                stream.synchronize()
+            return copies
+
+        return copy
+
+    def _stream_behind_current(self) -> Any:
+        """A GPU's second stream, which first waits for what this thread has asked the device to do."""
+        if not self._on_gpu:
+            return None
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self._device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        return self._stream
 
     def fill(self, targets: Mapping[str, torch.Tensor], read: Callable[[Mapping[str, torch.Tensor]], object]) -> None:
         """Have ``read`` fill 1-D fp32 tensors in host memory: the targets themselves, or where they lie on a GPU, the

@@ -67,7 +67,8 @@ class StepResult(NamedTuple):
     standing: Standing
     """what is so on any rank"""
     seconds_by_part: Mapping[str, float]
-    """this rank's wall seconds: data, forward_backward, optimizer, agreement (the all-reduce of these very figures)"""
+    """this rank's wall seconds: data, forward_backward, checkpoint (until a save has copied what is going to change),
+    optimizer, agreement (the all-reduce of these very figures)"""
 
 
 def reseed(seed: int, step: int, rows: np.ndarray) -> None:
@@ -117,6 +118,8 @@ def train_step(
         if len(row_ids):
             seen += [len(row_ids), batch.input_ids.numel(), batch.num_trained, sum(map(row_digest, row_ids))]
         clock.mark("forward_backward")
+    engine.await_readers()
+    clock.mark("checkpoint")
     grad_norm = engine.apply_step(learning_rate)
     clock.mark("optimizer")
     # Counts and 32-bit digests are exact in float64, so one small all-reduce carries everything.

@@ -6,6 +6,7 @@ import errno
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +83,55 @@ def test_what_is_written_is_the_state_of_its_step(tiny: str, tmp_path: Path) -> 
         checkpoint.verify(Storage.at(behind), name)
     files = sum(path.stat().st_size for path in (behind / found.name).glob("rank-*"))
     assert 0 < files - sum(reserved for reserved, *_ in results) < 20_000, "room was made for just what is written"
+
+
+def copied_late(base: str, behind: str, at_once: str) -> tuple[float, bool]:
+    """The copies begin only when the next step's forward and backward are long done."""
+    engine = make_engine(base, ADAMW)
+    steps(engine, 0, 2)
+    save_now(engine, Storage.at(at_once), draft_of(Progress(step=2)))
+    saver = saver_of(engine, Storage.at(behind))
+    begin_copy = saver.staging.begin_copy
+
+    def begin_late_copy(slices: Any) -> Any:
+        copy = begin_copy(slices)
+        return lambda: (time.sleep(1.0), copy())[1]
+
+    saver.staging.begin_copy = begin_late_copy  # type: ignore[method-assign]
+    saver.begin(draft_of(Progress(step=2)))
+    began = saver.stall_seconds
+    steps(engine, 2, 4)
+    waited = saver.stall_seconds - began
+    return waited, saver.finish().error is None
+
+
+def test_an_update_waits_until_what_it_changes_is_copied(tiny: str, tmp_path: Path) -> None:
+    behind, at_once = tmp_path / "behind", tmp_path / "at_once"
+    for waited, well in run_workers(copied_late, 2, tiny, str(behind), str(at_once)):
+        assert well and 0.2 < waited < 1.5
+    ((wanted,), (found,)) = committed(Storage.at(at_once)), committed(Storage.at(behind))
+    assert found.manifest.files == wanted.manifest.files and found.manifest.optimizer == wanted.manifest.optimizer
+
+
+def copy_fails(base: str, root: str) -> tuple[str, float]:
+    engine = make_engine(base, ADAMW)
+    steps(engine, 0, 1)
+    saver = saver_of(engine, Storage.at(root))
+    if engine.rank == 1:
+
+        def no_copy() -> Any:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        saver.staging.begin_copy = lambda slices: no_copy  # type: ignore[method-assign]
+    saver.begin(draft_of(Progress(step=1)))
+    steps(engine, 1, 2)
+    return str(saver.finish().error), saver.stall_seconds
+
+
+def test_a_copy_that_fails_costs_its_save_and_no_step_waits_for_it(tiny: str, tmp_path: Path) -> None:
+    (zero, _), (one, stalled) = run_workers(copy_fails, 2, tiny, str(tmp_path))
+    assert "illegal memory access" in one and "could not write its part" in zero and stalled < 5
+    assert committed(Storage.at(tmp_path)) == []
 
 
 def failing_part(base: str, root: str) -> tuple[str, int]:

@@ -150,10 +150,6 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
     room = watched_room(run, "a1", config, engine, saver, log) if first else EndlessRoom()
     reporter = Reporter(NoMetrics(), "a1", Progress(), num_steps=STEPS, world_size=2)
 
-    def held_back() -> bool:
-        making_room = first and room._wanted.is_set()
-        return setting.held_until is None and (saver.busy or making_room)
-
     def stop_wanted() -> bool:  # called before each step
         step = loop.progress.step
         if setting.held_until is not None and step >= setting.held_until:
