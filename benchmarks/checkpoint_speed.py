@@ -21,6 +21,7 @@ workers and loads on 2, and saves on 2 and loads on 3, each beside a load of wha
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -160,6 +161,7 @@ def steps_beside_a_save(engine: ZeroEngine, saver: Saver, packs: MemoryPacks, nu
     """Of the slowest rank: seconds that training waits for a save; of its first step beyond the median of others; and
     the medians of steps without a save and while one is being written (by any rank)."""
     rows = torch.arange(engine.world_size).numpy()
+    numbers = itertools.count(1000 * (number + 1))
 
     def step() -> bool:
         standing = Standing(saving=saver.busy)
@@ -167,21 +169,28 @@ def steps_beside_a_save(engine: ZeroEngine, saver: Saver, packs: MemoryPacks, nu
         return done.standing.saving
 
     def begin_and_step() -> None:
-        saver.begin(replace(DRAFT, progress=Progress(step=1000 + number)))
+        saver.begin(replace(DRAFT, progress=Progress(step=next(numbers))))
         step()
 
-    alone = statistics.median([slowest(step) for _ in range(4)][1:])
-    first = slowest(begin_and_step)
-    stall = torch.tensor(saver.stall_seconds)
-    torch.distributed.all_reduce(stall, torch.distributed.ReduceOp.MAX)
-    beside, saving = [], True
-    while saving:
-        started = time.perf_counter()
-        saving = step()
-        beside.append(time.perf_counter() - started)
-    saver.finish()
-    times = {"stall": float(stall), "first step's delay": first - alone}
-    return times | {"step": alone, "step beside a save": statistics.median(beside)}
+    slowest(step)
+    alone, first, stalls, beside = [], [], [], []
+    for _ in range(3):
+        alone += [slowest(step)]
+        first.append(slowest(begin_and_step))
+        stall = torch.tensor(saver.stall_seconds)
+        torch.distributed.all_reduce(stall, torch.distributed.ReduceOp.MAX)
+        stalls.append(float(stall))
+        saving = True
+        while saving:
+            started = time.perf_counter()
+            saving = step()
+            beside.append(time.perf_counter() - started)
+        saver.finish()
+    times = {"stall": statistics.median(stalls), "step": statistics.median(alone)}
+    return times | {
+        "first step's delay": statistics.median(first) - times["step"],
+        "step beside a save": statistics.median(beside),
+    }
 
 
 def saved_and_loaded(base: str, root: str, load_from: str | None, save_to: str) -> Times:
@@ -274,7 +283,7 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=64, help="of a step, on each worker")
+    parser.add_argument("--tokens", type=int, default=16, help="of a step, on each worker")
     parser.add_argument("--reshard", action="store_true")
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default a temporary one")
     options = parser.parse_args()
