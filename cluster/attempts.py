@@ -17,7 +17,17 @@ from cluster.run_metrics import RunState
 from cluster.run_monitor import Monitor, NoMonitor
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
-from trainer.run_directory import AttemptStart, RunDirectory, Say, read_json, utc_now, write_json
+from trainer.events import EventKind, EventLog
+from trainer.run_directory import (
+    AttemptStart,
+    RunDirectory,
+    Say,
+    StopKind,
+    StopRequest,
+    read_json,
+    utc_now,
+    write_json,
+)
 from trainer.survey import NoUsableCheckpoint, quarantine, survey, tip_and_newest
 
 
@@ -36,9 +46,15 @@ class _StopRequest:
     """Remembers a SIGTERM or SIGINT, or that the run was lost, and passes it on to the running attempt through the
     storage."""
 
-    def __init__(self, run: RunDirectory, say: Say) -> None:
+    def __init__(self, run: RunDirectory, say: Say, grace_s: float | None) -> None:
+        """
+        Args:
+            grace_s: seconds from a SIGTERM to the end of this process, where that is known.
+        """
         self._run = run
         self._say = say
+        self._grace_s = grace_s
+        self._deadline: float | None = None
         self._reason = "the driver was asked to stop"
         self.wanted = False
         self.attempt: str | None = None
@@ -46,6 +62,7 @@ class _StopRequest:
     def handle(self, signum: int, _frame: Any) -> None:
         first, self.wanted = not self.wanted, True
         if first:
+            self._deadline = time.time() + self._grace_s if self._grace_s is not None else None
             self._say(f"{signal.Signals(signum).name}: asking the workers to save and stop")
         # Not in the handler itself: it may interrupt code that holds the very locks that writing needs.
         threading.Thread(target=self.forward, daemon=True).start()
@@ -58,7 +75,21 @@ class _StopRequest:
 
     def forward(self) -> None:
         if self.wanted and self.attempt is not None:
-            self._run.request_stop(self.attempt, self._reason)
+            self._pass_on(self.attempt, StopRequest(self._reason, StopKind.STOP, self._deadline))
+
+    def notice(self, request: StopRequest) -> None:
+        """Of the launcher: the attempt should save and end. Where the run is to go on, that is no wish to stop it."""
+        self._say(f"{request.reason}: asking the workers to save")
+        if request.kind == StopKind.STOP:
+            self.wanted, self._reason, self._deadline = True, request.reason, request.deadline
+        if self.attempt is not None:
+            self._pass_on(self.attempt, request)
+
+    def _pass_on(self, attempt: str, request: StopRequest) -> None:
+        EventLog(self._run, attempt).record(
+            EventKind.NOTICE, request.reason, wish=request.kind.value, deadline=request.deadline
+        )
+        self._run.request_stop(attempt, request.reason, request.kind, request.deadline)
 
     def arrives_within(self, seconds: float) -> bool:
         """Sleep, but not through a signal. Polled: an Event set in a signal handler could deadlock with its waiter."""
@@ -87,6 +118,7 @@ def run_attempts(
     *,
     lease: Lease,
     max_failures_without_progress: int,
+    stop_grace_s: float | None = None,
     monitor: Monitor | None = None,
     allowed_changes: tuple[str, ...] = (),
     say: Say = print,
@@ -96,47 +128,57 @@ def run_attempts(
     Args:
         make_spec: the spec of an attempt, from its id and the checkpoint that it continues from.
         lease: of this launcher on the run; without it no attempt is started.
+        stop_grace_s: seconds from a SIGTERM to the end of this process, where that is known.
 
     Raises RunHeld once the run is another launcher's; nothing is written about it then.
     """
     history: list[AttemptEnd] = []
-    stop = _StopRequest(run, say)
+    stop = _StopRequest(run, say, stop_grace_s)
     lease.when_lost(stop.lose)
     monitor = monitor or NoMonitor()
     with stop.listening():
         while True:
             monitor.set_state(RunState.WAITING)
-            has_room = launcher.wait_for_room(lambda: stop.wanted, say)
+            num_workers = launcher.wait_for_room(lambda: stop.wanted, say)
             lease.check()
             try:  # only now: while this one waited, workers that it took the run from may have committed, and removed
                 parent, resume_from = tip_and_newest(run, say)
             except NoUsableCheckpoint as error:
                 return Submission(Decision(Action.FAIL, str(error)), len(run.lineage()), None)
-            if not has_room:
+            if not num_workers:
                 step = resume_from.step if resume_from else 0
                 decision = decide_without_room(step, stop_wanted=stop.wanted)
                 return Submission(decision, parent.number if parent else 0, resume_from)
-            start = run.start_attempt(parent, resume_from, allowed_changes, term=lease.term, claim=lease.id)
+            start = run.start_attempt(
+                parent, resume_from, allowed_changes, term=lease.term, claim=lease.id, num_workers=num_workers
+            )
             where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
-            say(f"attempt {start.number} ({start.attempt}): {where}")
+            say(f"attempt {start.number} ({start.attempt}): {where}, {num_workers} workers")
+            events = EventLog(run, start.attempt)
+            events.record(EventKind.STARTED, where, number=start.number, step=start.start_step, workers=num_workers)
             monitor.attempt_started(start.number)
             stop.attempt = start.attempt
             stop.forward()
-            lost = launcher.run(make_spec(start.attempt, resume_from))
+            lost = launcher.run(make_spec(start.attempt, resume_from), num_workers, stop.notice)
             lease.check()
+            for node, request in run.notices(start.attempt).items():
+                launcher.leave(node, request)
             end = _end_of(run, start, lost, say)
             history.append(end)
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
             if decision.action == Action.RETRY:
                 monitor.set_state(RunState.WAITING)
+                ended = "failed" if end.kind == EndKind.FAILED else "has made way"
                 say(
-                    f"attempt {start.number} failed ({decision.reason}); the next one starts in {decision.delay_s:.0f}s"
+                    f"attempt {start.number} {ended} ({decision.reason}); the next one starts in "
+                    f"{decision.delay_s:.0f}s"
                 )
                 if stop.arrives_within(decision.delay_s):
                     decision = decide(history, max_failures_without_progress, stop_wanted=True)
             record = {"decision": asdict(decision), "end": asdict(end), "at": utc_now()}
             with suppress(OSError):  # for people; a full disk must not change what follows
                 write_json(run.attempt(start.attempt), "decision.json", record)
+            events.record(EventKind.ENDED, decision.reason, end=end.kind.value, step=end.committed_step)
             if decision.action != Action.RETRY:
                 return Submission(decision, start.number, _newest(run))
 
@@ -163,4 +205,11 @@ def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> Atte
     if error is not None and error.checkpoint is not None and error.corrupt:
         _quarantine(run, error.checkpoint, error.message, say)
     kind = EndKind(end["outcome"]) if end is not None else EndKind.FAILED
-    return AttemptEnd(kind, start.start_step, committed, error, lost if end is None else "")
+    lost = lost if end is None else ""
+    return AttemptEnd(kind, start.start_step, committed, error, lost, _making_way(run, start.attempt))
+
+
+def _making_way(run: RunDirectory, attempt: str) -> str:
+    """Why an attempt was to end though the run goes on; empty where nobody wished it."""
+    asked = [run.stop_request(attempt), *run.notices(attempt).values()]
+    return next((request.reason for request in asked if request and request.kind != StopKind.STOP), "")

@@ -26,6 +26,8 @@ class AttemptEnd:
     error: WorkerError | None = None
     lost_workers: str = ""
     """what the launcher saw: signals and exit codes"""
+    making_way: str = ""
+    """why it was to end, where the run is to go on: a machine that will be taken away, room for more workers"""
 
 
 class Action(StrEnum):
@@ -74,13 +76,14 @@ def decide_without_room(committed_step: int, *, stop_wanted: bool) -> Decision:
 
 def _num_barren(history: Sequence[AttemptEnd]) -> int:
     """Attempts since one committed beyond everything before it: not just beyond its own start, as what it commits may
-    be lost with a node again and again. One that found a checkpoint unusable does not count: it is not used again.
+    be lost with a node again and again. One that found a checkpoint unusable does not count: it is not used again. Nor
+    does one whose end others wished: machines may be taken away faster than anything is committed.
     """
     barren, reached = 0, history[0].start_step
     for end in history:
         if end.committed_step > reached:
             barren, reached = 0, end.committed_step
-        elif not (end.error and end.error.checkpoint):
+        elif not (end.error and end.error.checkpoint) and not end.making_way:
             barren += 1
     return barren
 
@@ -96,7 +99,7 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
         return Decision(Action.FINISH, "all steps are done")
     stopped = _stopped_on_request(last.committed_step)
     if last.kind == EndKind.STOPPED:
-        return stopped
+        return stopped if stop_wanted or not last.making_way else Decision(Action.RETRY, last.making_way)
     cause = _cause(last)
     if last.error and last.error.bad_input:
         return Decision(Action.BAD_INPUT, cause)

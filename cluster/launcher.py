@@ -9,7 +9,7 @@ from typing import Protocol
 from cluster.config import ClusterConfig, Launcher, MetricsConfig
 from cluster.run_monitor import Monitor
 from trainer.config import WorkerSpec
-from trainer.run_directory import Say
+from trainer.run_directory import Say, StopRequest
 
 
 class WorkerLauncher(Protocol):
@@ -19,16 +19,25 @@ class WorkerLauncher(Protocol):
         """Called once, before data is prepared. Raises BadInput, saying what is wanted and what there is."""
         ...
 
-    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> bool:
-        """Called before each attempt: block until its workers could be placed. False: cancelled, or waited too long."""
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> int:
+        """Called before each attempt: block until its workers could be placed. Returns how many; 0: cancelled, or
+        waited too long."""
         ...
 
     def open_monitor(self, run: str, run_uri: str, config: MetricsConfig) -> Monitor:
         """Called once, before the first attempt: where the run's metrics go. Whoever calls it closes the monitor."""
         ...
 
-    def run(self, spec: WorkerSpec) -> str:
-        """Run one attempt to its end, whatever it is. Returns what was lost (signals, exit codes), empty if nothing."""
+    def run(self, spec: WorkerSpec, num_workers: int, notify: Callable[[StopRequest], None]) -> str:
+        """Run one attempt to its end, whatever it is. Returns what was lost (signals, exit codes), empty if nothing.
+
+        Args:
+            notify: called, on any thread, with what is seen meanwhile for which the attempt should save and end.
+        """
+        ...
+
+    def leave(self, node: str, request: StopRequest) -> None:
+        """Place no worker on a machine any more that a worker has told will be taken away."""
         ...
 
     def close(self) -> None:

@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 from cluster.config import ClusterConfig, MetricsConfig
 from cluster.run_monitor import Monitor, NoMonitor
 from data_shards.errors import BadInput
 from data_shards.processes import end_with_parent
 from trainer.config import WorkerSpec
-from trainer.run_directory import RunDirectory, Say
+from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
+from trainer.stop_signal import deadline_in
 
 # Only what others wrote: the server may see another tree of ours than the driver runs (sys.path comes later, to forks).
 PRELOAD = (
@@ -64,24 +66,39 @@ class LocalProcesses:
                 "cluster.launcher=processes all workers run here"
             )
 
-    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> bool:
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> int:
         """This machine is here, or nothing is."""
-        return True
+        return self._config.num_workers
 
     def open_monitor(self, run: str, run_uri: str, config: MetricsConfig) -> Monitor:
         """None here: what a person debugs on one machine is watched in its log."""
         return NoMonitor()
 
-    def run(self, spec: WorkerSpec) -> str:
+    def run(self, spec: WorkerSpec, num_workers: int, notify: Callable[[StopRequest], None]) -> str:
         if RunDirectory.at(spec.run_uri).storage.local_path is None:
             raise BadInput("cluster.launcher=processes needs run.storage on a local or shared path")
         context = _context()
         environment = self._environment()
         workers = [
             context.Process(target=_worker, args=(spec.model_dump(mode="json"), _of_rank(environment, rank)))
-            for rank in range(self._config.num_workers)
+            for rank in range(num_workers)
         ]
-        return _run(workers)
+        return _run(workers, self._look_for_notice(notify))
+
+    def _look_for_notice(self, notify: Callable[[StopRequest], None]) -> Callable[[], None]:
+        """What tells once that this machine, and with it the whole run here, will be taken away."""
+        told: list[StopRequest] = []
+        path = Path(self._config.notice_file) if self._config.notice_file else None
+
+        def look() -> None:
+            if path is not None and not told and path.exists():
+                told.append(StopRequest(f"{path} is there", StopKind.STOP, deadline_in(path)))
+                notify(told[0])
+
+        return look
+
+    def leave(self, node: str, request: StopRequest) -> None:
+        """There is no other."""
 
     def _environment(self) -> dict[str, str]:
         """What all ranks are told: their server may be older than what was set here since."""
@@ -129,8 +146,9 @@ def _worker(spec: dict[str, object], environment: Mapping[str, str]) -> None:
     run_worker(WorkerSpec.model_validate(spec))
 
 
-def _run(workers: Sequence[BaseProcess]) -> str:
-    """Until all have ended; once one has failed, the rest get a little time to say why, then are ended."""
+def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:
+    """Until all have ended; once one has failed, the rest get a little time to say why, then are ended. ``look`` is
+    called all the while."""
     deadline: float | None = None
     try:
         for worker in workers:
@@ -140,6 +158,7 @@ def _run(workers: Sequence[BaseProcess]) -> str:
                 deadline = time.monotonic() + _GRACE_S
             if deadline is not None and time.monotonic() > deadline:
                 break
+            look()
             time.sleep(0.1)
         lost = [f"rank {rank} {_describe(worker.exitcode)}" for rank, worker in enumerate(workers) if worker.exitcode]
     finally:

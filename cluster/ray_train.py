@@ -11,14 +11,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.config import ClusterConfig, MetricsConfig
+from cluster import ray_nodes
+from cluster.config import ClusterConfig, MetricsConfig, WorkerBounds
+from cluster.notice_server import NoticeServer
+from cluster.ray_watch import Watch
 from cluster.run_monitor import Monitor, NoMonitor, start_monitor
 from data_shards.errors import BadInput
 from trainer.config import WorkerSpec
-from trainer.run_directory import Say
+from trainer.run_directory import RunDirectory, Say, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 _TELL_AFTER_S = 5.0
+_PLACE_S = 10.0
+"""For Ray to place workers that fit."""
 _IN_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -27,16 +32,14 @@ def in_ray_job() -> bool:
     return _IN_JOB_MARK in os.environ
 
 
-def bundles_that_fit(nodes: list[dict[str, float]], bundle: dict[str, float]) -> int:
-    """How many workers the nodes hold together; a worker lies on one node (pure)."""
-    wanted = {name: amount for name, amount in bundle.items() if amount > 0}
-    return sum(int(min(node.get(name, 0.0) / amount for name, amount in wanted.items())) for node in nodes)
-
-
 def _train_function(arguments: dict[str, Any]) -> None:
     """Runs in each Ray Train worker, in a thread, with the process group up and torchrun's environment set."""
+    import ray
+
+    from trainer.process_group import NODE_ID
     from trainer.worker import run_worker
 
+    os.environ[NODE_ID] = ray.get_runtime_context().get_node_id()
     run_worker(WorkerSpec.model_validate(arguments["spec"]), arguments["metrics"])
 
 
@@ -88,11 +91,20 @@ class RayTrain:
         self._use_gpu = False
         self._monitor: Monitor = NoMonitor()
         self._embedded = connect(max(os.cpu_count() or 1, int(config.num_workers * config.cpus_per_worker)))
+        self._notices = NoticeServer(config.notice_port, self._take_notice) if config.notice_port else None
 
-    def _nodes(self) -> list[dict[str, float]]:
-        import ray
+    def _take_notice(self, name: str, seconds_left: float | None) -> bool:
+        node = ray_nodes.find(name)
+        if node is not None:
+            deadline = time.time() + seconds_left if seconds_left is not None else None
+            ray_nodes.drain(node, "a notice came to Baton", deadline)
+        return node is not None
 
-        return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    def leave(self, node: str, request: StopRequest) -> None:
+        ray_nodes.drain(node, request.reason, request.deadline)
+
+    def _nodes(self) -> list[ray_nodes.Resources]:
+        return list(ray_nodes.staying().values())
 
     def _bundle(self) -> dict[str, float]:
         return {"CPU": self._config.cpus_per_worker, "GPU": 1.0 if self._use_gpu else 0.0}
@@ -104,45 +116,65 @@ class RayTrain:
             nodes = self._nodes()
             has_gpu = any(node.get("GPU", 0) for node in nodes)
             self._use_gpu = has_gpu if self._config.use_gpu is None else self._config.use_gpu
-            if bundles_that_fit(nodes, self._bundle()) >= self._config.num_workers:
+            if ray_nodes.bundles_that_fit(nodes, self._bundle()) >= self._config.min_workers:
                 return
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.5)
+        room = ray_nodes.bundles_that_fit(nodes, self._bundle())
         raise BadInput(
-            f"{self._needs()} can't be placed: the cluster has {self._has()}, room for "
-            f"{bundles_that_fit(nodes, self._bundle())}. Use fewer workers, set cluster.cpus_per_worker lower, or "
-            "cluster.wait_for_capacity_s higher if nodes are still to come"
+            f"{self._needs()} can't be placed: the cluster has {self._has()}, room for {room}. Use fewer workers, set "
+            "cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"
         )
 
     def _needs(self) -> str:
         per_worker = " and ".join(f"{amount:g} {name}" for name, amount in self._bundle().items() if amount)
-        return f"cluster.num_workers={self._config.num_workers} with {per_worker} each"
+        bounds = self._config.workers
+        name, number = ("workers.min", bounds.min) if bounds else ("num_workers", self._config.num_workers)
+        return f"cluster.{name}={number} with {per_worker} each"
 
     def _has(self) -> str:
         nodes = (f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in self._nodes())
         return "; ".join(nodes) or "no node"
 
-    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> bool:
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> int:
         """Asks Ray itself, by a placement group like the one that the workers will get: so it counts what is taken by
-        others, and an autoscaler sees the demand."""
-        from ray.util import placement_group, remove_placement_group
-
-        bundle = {name: amount for name, amount in self._bundle().items() if amount}
-        group = placement_group([bundle] * self._config.num_workers, strategy="PACK")
+        others, and an autoscaler sees the demand. Where fewer workers may do, as many as then fit are taken after a
+        while."""
+        bounds, most = self._config.workers, self._config.num_workers
         started, told = time.monotonic(), False
-        try:
-            while not group.wait(1):
+        with self._asked_for(most) as is_there:
+            while not is_there(1.0):
                 waited = time.monotonic() - started
                 if cancelled() or waited > self._config.wait_for_room_s:
-                    return False
+                    return 0
+                if bounds and waited > bounds.settle_s and (number := self._fewer(bounds)):
+                    return number
                 if waited > _TELL_AFTER_S and not told:
                     told = True
                     say(
                         f"waiting for room: {self._needs()}; the cluster has {self._has()}, part of it perhaps taken. "
                         f"Giving up after {self._config.wait_for_room_s:g} s (cluster.wait_for_room_s)"
                     )
-            return True
+            return most
+
+    def _fewer(self, bounds: WorkerBounds) -> int:
+        """The workers that can be placed now; 0 where that is less than the least."""
+        number = min(bounds.max, ray_nodes.bundles_that_fit(ray_nodes.free(), self._bundle()))
+        if number < bounds.min:
+            return 0
+        with self._asked_for(number) as is_there:
+            return number if is_there(_PLACE_S) else 0
+
+    @contextmanager
+    def _asked_for(self, num_workers: int) -> Iterator[Callable[[float], bool]]:
+        """What says, after so many seconds at most, whether these workers have their place."""
+        from ray.util import placement_group, remove_placement_group
+
+        bundle = {name: amount for name, amount in self._bundle().items() if amount}
+        group = placement_group([bundle] * num_workers, strategy="PACK")
+        try:
+            yield lambda seconds: bool(group.wait(seconds))
         finally:
             remove_placement_group(group)
 
@@ -152,7 +184,7 @@ class RayTrain:
             self._monitor = start_monitor(run, run_uri, address, config)
         return self._monitor
 
-    def run(self, spec: WorkerSpec) -> str:
+    def run(self, spec: WorkerSpec, num_workers: int, notify: Callable[[StopRequest], None]) -> str:
         """One ``fit()`` without Ray's own retries: what to do after a failure is decided in ``cluster.failures``."""
         from ray.exceptions import RayError
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -161,12 +193,15 @@ class RayTrain:
 
         trainer = TorchTrainer(
             _train_function,
-            train_loop_config={"spec": spec.model_dump(mode="json"), "metrics": self._monitor.sink},
+            train_loop_config={
+                "spec": spec.model_copy(update={"notice_file": self._config.notice_file}).model_dump(mode="json"),
+                "metrics": self._monitor.sink,
+            },
             torch_config=TorchConfig(
                 backend="nccl" if self._use_gpu else "gloo", timeout_s=int(self._config.collective_timeout_s)
             ),
             scaling_config=ScalingConfig(
-                num_workers=self._config.num_workers,
+                num_workers=num_workers,
                 use_gpu=self._use_gpu,
                 resources_per_worker={name: amount for name, amount in self._bundle().items() if amount},
             ),
@@ -177,9 +212,11 @@ class RayTrain:
                 worker_runtime_env={} if self._use_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             ),
         )
+        run = RunDirectory.at(spec.run_uri)
+        watch = Watch(run, spec.attempt, num_workers, self._bundle(), self._config.workers, notify)
         try:
             # Not on the main thread: there it would replace our signal handlers, and Ctrl-C would save nothing.
-            with ThreadPoolExecutor(1) as pool:
+            with watch.watching(), ThreadPoolExecutor(1) as pool:
                 pool.submit(trainer.fit).result()
         except (TrainingFailedError, RayError) as error:
             return f"Ray Train reports: {str(error).strip().splitlines()[-1][:300]}"
@@ -188,4 +225,6 @@ class RayTrain:
     def close(self) -> None:
         import ray
 
+        if self._notices is not None:
+            self._notices.close()
         ray.shutdown()

@@ -109,9 +109,10 @@ def make_spec(config: Config, request: Request) -> WorkerSpec:
 def run_evaluation(spec: WorkerSpec, launcher: WorkerLauncher) -> dict[str, Any]:
     """The result that the workers wrote. Raises what they failed with: BadInput, or EvaluationFailed."""
     launcher.check_capacity()
-    if not launcher.wait_for_room(lambda: False, say):
+    num_workers = launcher.wait_for_room(lambda: False, say)
+    if not num_workers:
         raise EvaluationFailed("there was no room for the workers in time (cluster.wait_for_room_s); try again later")
-    lost = launcher.run(spec)
+    lost = launcher.run(spec, num_workers, lambda request: say(request.reason))
     place = RunDirectory.at(spec.run_uri)
     result = read_result(spec)
     if result is None:

@@ -20,9 +20,9 @@ from launch.config import Config, to_yaml
 from launch.exit_codes import ExitCode
 from launch.job import Job, export_if_asked, make_job, settle, write_result
 from launch.places import open_run_to_write
-from launch.plan import report_of
+from launch.plan import find_problem, report_of
 from launch.plan_inputs import find_target, plan_of_prepared
-from launch.plan_text import lines_of, problem
+from launch.plan_text import lines_of
 from launch.torchrun import finetune_as_worker
 from trainer.errors import RunHeld
 
@@ -48,9 +48,10 @@ def describe(job: Job) -> None:
 def show_plan(job: Job) -> None:
     """What `baton plan` says, with the data as it was prepared. Raises BadInput where it surely does not fit."""
     target = find_target(job.config)
-    report = report_of(job.config, plan_of_prepared(job.dataset.manifest), target, job.base)
+    data = plan_of_prepared(job.dataset.manifest)
+    report = report_of(job.config, data, target, job.base)
     print("\n".join(lines_of(report)), flush=True)
-    found = problem(report)
+    found = find_problem(job.config, data, report, job.base)
     if found and not target.assumed:
         raise BadInput(f"the run does not fit: {found}")
     if found:  # the workers' machines may have what this one has not
@@ -121,6 +122,7 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
             job.spec,
             lease=lease,
             max_failures_without_progress=job.config.cluster.max_failures_without_progress,
+            stop_grace_s=job.config.cluster.stop_grace_s,
             monitor=monitor,
             allowed_changes=standing.allowed_changes,
             say=say,

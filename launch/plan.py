@@ -36,6 +36,25 @@ def report_of(config: Config, data: DataPlan, target: Target, base: Path | None 
     return make_report(config, shape, source, data, target, free_disk_bytes(config), other)
 
 
+def find_problem(
+    config: Config, data: DataPlan, report: Report, base: Path | None = None, memory_gib: float | None = None
+) -> str | None:
+    """What does not fit, be it with the fewest workers that may have to do (``cluster.workers.min``), as each of those
+    holds more. None where all fits.
+
+    Args:
+        memory_gib: of one GPU, where it is not the configuration's.
+    """
+    found, bounds = problem(report), config.cluster.workers
+    if found or bounds is None or bounds.min == bounds.max:
+        return found
+    cluster = config.cluster.model_copy(update={"num_workers": bounds.min, "workers": None})
+    fewest = config.model_copy(update={"cluster": cluster})
+    target = find_target(fewest, memory_gib, min(report.target.workers_per_node, bounds.min))
+    found = problem(report_of(fewest, data, target, base))
+    return f"with cluster.workers.min={bounds.min}: {found}" if found else None
+
+
 def main(arguments: Sequence[str]) -> int:
     parser = config_parser("plan")
     parser.add_argument("--gpu-memory-gib", type=float, help="of one GPU; default: cluster.gpu_memory_gib")
@@ -44,9 +63,10 @@ def main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     config = config_from(options)
     target = find_target(config, options.gpu_memory_gib, options.gpus_per_node)
-    report = report_of(config, look_at_data(config), target)
+    data = look_at_data(config)
+    report = report_of(config, data, target)
     print(json.dumps(as_json(report), indent=1) if options.json else "\n".join(lines_of(report)), flush=True)
-    if found := problem(report):
+    if found := find_problem(config, data, report, memory_gib=options.gpu_memory_gib):
         raise BadInput(f"the run does not fit: {found}")
     return ExitCode.DONE
 

@@ -92,6 +92,8 @@ class Checkpointing:
         self._given_step = saved_step
         """whose state was last given to the saver for a durable checkpoint, or was loaded from one"""
         self._failed_in_a_row = 0
+        self.last_save_seconds = 0.0
+        """that the last durable save took, from the wish to the commit or to this rank's receipt; 0: none was made"""
 
     def standing(self) -> Standing:
         """What this rank tells the others with a step."""
@@ -230,7 +232,10 @@ class Checkpointing:
         stall_seconds = self.saver.stall_seconds + save.stall_seconds
         if ended.error is not None:
             self._log.warn(f"rank {self.saver.rank}: the save of step {ended.step} failed: {ended.error}")
-        elif ended.ref is not None:
+            return
+        if save.tier == Tier.DURABLE:
+            self.last_save_seconds = ended.seconds
+        if ended.ref is not None:
             if save.tier == Tier.DURABLE:  # alerts ask for the age of what can't be lost
                 self._reporter.committed(progress, ended.ref.manifest, stall_seconds)
             where = " on the nodes" if save.tier == Tier.FAST else ""

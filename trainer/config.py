@@ -199,5 +199,6 @@ class WorkerSpec(ConfigModel):
     weights: dict[str, float] = Field({}, description="Of the data's sources, by name.")
     init_from: str | None = Field(None, description="URI of a checkpoint of another run whose weights to begin with.")
     collective_timeout_s: float = Field(1800, gt=0, description="Seconds until a hung collective fails.")
+    notice_file: str | None = Field(None, description="Made on a node that will be taken away.")
     resolved_config: dict[str, Any] = Field(description="The whole run's configuration, kept in every checkpoint.")
     evaluation: EvaluationTask | None = Field(None, description="Evaluate instead of training.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from trainer.batch import MicroBatch, collate
 from trainer.batch_geometry import rank_micro_batches
 from trainer.errors import NonFiniteStep, StepInvariantBroken
+from trainer.process_group import anywhere
 from trainer.step import PackSource
 
 
@@ -24,6 +26,10 @@ class Scorer(Protocol):
     def evaluate_micro_batch(self, batch: MicroBatch) -> torch.Tensor:
         """Sum of losses and number of tokens predicted right: fp64 [2] on ``device``. Collective."""
         ...
+
+
+class EvaluationGivenUp(Exception):
+    """On all ranks; nothing has changed."""
 
 
 class EvaluationResult(NamedTuple):
@@ -42,14 +48,26 @@ class EvaluationResult(NamedTuple):
         return self.correct_tokens / max(1, self.trained_tokens)
 
 
-def evaluate(engine: Scorer, source: PackSource, micro_batch_size: int) -> EvaluationResult:
-    """Every row once, split over the ranks like a step's. Collective."""
+_LOOK_EVERY = 8
+"""Micro batches between looks whether the evaluation is still wanted."""
+
+
+def evaluate(
+    engine: Scorer, source: PackSource, micro_batch_size: int, unwanted: Callable[[], bool] | None = None
+) -> EvaluationResult:
+    """Every row once, split over the ranks like a step's. Collective.
+
+    Args:
+        unwanted: asked now and then; where it says so on one rank, all raise EvaluationGivenUp.
+    """
     parts = rank_micro_batches(
         source.num_rows, rank=engine.rank, world_size=engine.world_size, micro_batch_size=micro_batch_size
     )
     # sum of losses, tokens predicted right, trained tokens
     total = torch.zeros(3, dtype=torch.float64, device=engine.device)
-    for start, stop in parts:
+    for index, (start, stop) in enumerate(parts):
+        if unwanted is not None and index % _LOOK_EVERY == 0 and anywhere(unwanted(), engine.device):
+            raise EvaluationGivenUp
         batch = collate(source.packs(np.arange(start, stop)))
         total[:2] += engine.evaluate_micro_batch(batch)
         total[2] += batch.num_trained

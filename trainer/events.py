@@ -62,7 +62,7 @@ class EventLog:
         self._attempt = attempt
         self._rank = rank
 
-    def record(self, kind: EventKind, text: str, **details: Any) -> None:
+    def record(self, kind: EventKind, text: str, /, **details: Any) -> None:
         now = time.time()
         event = Event(now, kind.value, text, self._attempt, self._rank, details)
         with suppress(OSError, BatonError):

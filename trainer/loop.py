@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Protocol
 
 from data_shards.order.sampler import Sampler
 from data_shards.reading.shard_reader import SplitReader
@@ -13,7 +14,7 @@ from trainer.checkpoint_manifest import Progress
 from trainer.checkpointing import Checkpointing
 from trainer.config import TrainerConfig
 from trainer.engine import ZeroEngine
-from trainer.evaluate import evaluate
+from trainer.evaluate import EvaluationGivenUp, evaluate
 from trainer.metrics import Reporter, StepFigures
 from trainer.progress_log import ProgressLog
 from trainer.schedule import learning_rate
@@ -25,6 +26,18 @@ _STEPS_AHEAD = 4
 class Outcome(StrEnum):
     FINISHED = "finished"
     STOPPED = "stopped"
+
+
+class Stop(Protocol):
+    """A wish that the attempt save and end."""
+
+    @property
+    def requested(self) -> bool: ...
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the workers may be gone; infinite where that is not known."""
+        ...
 
 
 @dataclass
@@ -39,31 +52,46 @@ class Loop:
     validation: PackSource | None
     progress: Progress
     checkpointing: Checkpointing
-    stop_wanted: Callable[[], bool]
+    stop: Stop
     log: ProgressLog
     reporter: Reporter
+    saved: bool = field(default=False, init=False)
+    """once it has run: whether all that was done is committed"""
     _asked_until: int = field(default=0, init=False)
     """step up to which rows were asked for"""
 
     def run(self) -> Outcome:
         """Raises NonFiniteStep, StepInvariantBroken or SaveFailed; nothing committed is touched then."""
         num_steps = self.sampler.num_steps
-        if self.config.evaluation.at_start and self.progress.step == 0:
-            self._evaluate()
-        stop = False
+        stop = self._evaluation_is_missing() and not self._evaluate()
         while self.progress.step < num_steps and not stop:
             standing = self._step().standing
             stop, step = standing.stop_requested, self.progress.step
             self.checkpointing.look_after(self.progress, standing)
-            if self._is_due(self.config.evaluation.every_steps, step) or step == num_steps:
-                self._evaluate()
+            if not stop and (self._is_due(self.config.evaluation.every_steps, step) or step == num_steps):
+                stop = not self._evaluate()
             if step < num_steps and not stop:
                 self._add({"checkpoint": self.checkpointing.save_if_due(self.progress, standing)})
-        self._add({"checkpoint": self.checkpointing.save_at_end(self.progress)})
-        if self.progress.step < num_steps:
-            self.log.say(f"stopped on request after step {self.progress.step}; progress is saved")
+        self.saved = not (stop and self._is_too_late_to_save())
+        if self.saved:
+            self._add({"checkpoint": self.checkpointing.save_at_end(self.progress)})
+        if self.progress.step < num_steps or not self.saved:
+            told = "progress is saved" if self.saved else "there was no time to save it"
+            self.log.say(f"stopped on request after step {self.progress.step}; {told}")
             return Outcome.STOPPED
         return Outcome.FINISHED
+
+    def _is_too_late_to_save(self) -> bool:
+        """Whether the workers will be gone before as much time as the last save took. Collective."""
+        needed = self.checkpointing.last_save_seconds
+        return self.checkpointing.saver.anywhere(self.stop.requested and self.stop.seconds_left < needed)
+
+    def _evaluation_is_missing(self) -> bool:
+        """One that is due at the start, or that the attempt before was stopped in."""
+        step, config = self.progress.step, self.config.evaluation
+        if step == 0:
+            return config.at_start
+        return self._is_due(config.every_steps, step) and self.progress.eval_step != step
 
     @staticmethod
     def _is_due(every: int | None, step: int) -> bool:
@@ -83,7 +111,7 @@ class Loop:
             seed=self.config.seed,
             micro_batch_size=self.config.training.micro_batch,
             learning_rate=rate,
-            standing=self.checkpointing.standing()._replace(stop_requested=self.stop_wanted()),
+            standing=self.checkpointing.standing()._replace(stop_requested=self.stop.requested),
         )
         seconds = timer.stop() - result.seconds_by_part["checkpoint"]
         self.progress = replace(
@@ -105,11 +133,17 @@ class Loop:
             self.train.prefetch(self.sampler.rows_of_step(step))
             self._asked_until = step + 1
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> bool:
+        """Whether it was done, or there is nothing to do; else it was given up for a wish to stop."""
         if self.validation is None:
-            return
+            return True
         timer = _Timer()
-        result = evaluate(self.engine, self.validation, self.config.evaluation.micro_batch)
+        try:
+            wanted = self.config.evaluation
+            result = evaluate(self.engine, self.validation, wanted.micro_batch, lambda: self.stop.requested)
+        except EvaluationGivenUp:
+            self.log.say(f"the evaluation of step {self.progress.step} was given up")
+            return False
         self._add({"evaluation": timer.stop()})
         first = self.progress.first_eval_loss
         self.progress = replace(
@@ -120,6 +154,7 @@ class Loop:
         )
         self.log.evaluation(self.progress.step, result)
         self.reporter.evaluated(self.progress)
+        return True
 
     def _add(self, seconds: Mapping[str, float]) -> None:
         """To the run's wall seconds, by kind."""

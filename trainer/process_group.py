@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import socket
 import warnings
 from contextlib import suppress
 from datetime import timedelta
@@ -52,6 +53,14 @@ def start_process_group(timeout_s: float = 1800) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
 
 
+NODE_ID = "BATON_NODE_ID"
+
+
+def node_id() -> str:
+    """What whoever launched this worker calls its machine, else the machine's own name."""
+    return os.environ.get(NODE_ID) or socket.gethostname()
+
+
 def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
@@ -70,3 +79,10 @@ def leave_process_group() -> None:
     from deepspeed import comm
 
     comm.destroy_process_group()
+
+
+def anywhere(wish: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank. Collective."""
+    count = torch.tensor(float(wish), device=device)
+    torch.distributed.all_reduce(count)
+    return bool(count > 0)

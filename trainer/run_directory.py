@@ -10,11 +10,15 @@ over.
 from __future__ import annotations
 
 import json
+import os
+import socket
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from enum import StrEnum
 from typing import Any
 
 from data_shards.errors import BadInput, BatonError, CorruptFile
@@ -43,6 +47,27 @@ def read_json(storage: Storage, relative: str) -> Any:
         raise CorruptFile(f"{storage.uri_of(relative)}: not valid JSON ({error})") from error
 
 
+class StopKind(StrEnum):
+    """Why an attempt is to save and end."""
+
+    STOP = "stop"
+    """the run is to stop"""
+    PREEMPTED = "preempted"
+    """a machine under it will be taken away; the run goes on elsewhere"""
+    RESIZE = "resize"
+    """there is room for more workers"""
+
+
+@dataclass(frozen=True)
+class StopRequest:
+    """``attempts/<id>/stop.json``."""
+
+    reason: str
+    kind: StopKind = StopKind.STOP
+    deadline: float | None = None
+    """Unix seconds until which there is time"""
+
+
 @dataclass(frozen=True)
 class AttemptStart:
     """``attempts/<id>/start.json``."""
@@ -59,6 +84,8 @@ class AttemptStart:
     """of the launcher's hold on the run (cluster/claims.py); 0: from before there were any"""
     claim: str = ""
     """id of that hold"""
+    num_workers: int = 0
+    """0: from before it was written down, or under torchrun"""
 
     @property
     def launcher_rank(self) -> tuple[int, str]:
@@ -151,6 +178,7 @@ class RunDirectory:
         *,
         term: int = 0,
         claim: str = "",
+        num_workers: int = 0,
     ) -> AttemptStart:
         """Write it, then look. Raises RunHeld where another launcher's attempts count by now: no worker may start."""
         start = AttemptStart(
@@ -163,6 +191,7 @@ class RunDirectory:
             allowed_changes=allowed_changes,
             term=term,
             claim=claim,
+            num_workers=num_workers,
         )
         write_json(self.attempt(start.attempt), "start.json", asdict(start))
         tip = self.lineage()[-1:]
@@ -202,8 +231,54 @@ class RunDirectory:
     def write_error(self, attempt: str, error: WorkerError) -> None:
         write_json(self.attempt(attempt), f"errors/rank-{error.rank:05d}.json", asdict(error))
 
-    def request_stop(self, attempt: str, reason: str) -> None:
-        write_json(self.attempt(attempt), "stop.json", {"reason": reason, "at": utc_now()})
+    def request_stop(
+        self, attempt: str, reason: str, kind: StopKind = StopKind.STOP, deadline: float | None = None
+    ) -> None:
+        """Have an attempt save and end.
 
-    def stop_requested(self, attempt: str) -> bool:
-        return self.attempt(attempt).exists("stop.json")
+        Args:
+            deadline: Unix seconds at which its workers, or some of them, will be gone.
+        """
+        request = {"reason": reason, "at": utc_now(), "kind": kind.value, "deadline": deadline}
+        write_json(self.attempt(attempt), "stop.json", request)
+
+    def stop_request(self, attempt: str) -> StopRequest | None:
+        """What was asked of an attempt, last."""
+        try:
+            value = read_json(self.attempt(attempt), "stop.json")
+        except CorruptFile:
+            value = {}  # somebody wants something
+        if value is None:
+            return None
+        kind = value.get("kind", StopKind.STOP)
+        known = kind in set(StopKind)
+        return StopRequest(value.get("reason", ""), StopKind(kind) if known else StopKind.STOP, value.get("deadline"))
+
+    def write_place(self, attempt: str, rank: int, node: str) -> None:
+        """Leave word where a rank runs."""
+        place = {"node": node, "host": socket.gethostname(), "pid": os.getpid(), "at": utc_now()}
+        write_json(self.attempt(attempt).child("workers"), f"rank-{rank:05d}.json", place)
+
+    def nodes_of(self, attempt: str) -> dict[int, str]:
+        """What the driver calls the machines of those ranks that have left word."""
+        folder = self.attempt(attempt).child("workers")
+        found: dict[int, str] = {}
+        for name in folder.list():
+            with suppress(CorruptFile):  # another kill, another file that was cut off
+                if value := read_json(folder, name):
+                    found[int(name.removeprefix("rank-").removesuffix(".json"))] = value["node"]
+        return found
+
+    def notify(self, attempt: str, rank: int, node: str, request: StopRequest) -> None:
+        """Leave word for the driver that a rank's machine will be taken away, for which all are going to stop."""
+        write_json(self.attempt(attempt).child("notices"), f"rank-{rank:05d}.json", asdict(request) | {"node": node})
+
+    def notices(self, attempt: str) -> dict[str, StopRequest]:
+        """Such words, by the machine that they are about."""
+        folder = self.attempt(attempt).child("notices")
+        found = {}
+        for name in folder.list():
+            if value := read_json(folder, name):
+                request = StopRequest(value["reason"], StopKind(value["kind"]), value["deadline"])
+                found[value["node"]] = request
+        return found

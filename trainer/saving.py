@@ -17,8 +17,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
-import torch
-
 from data_shards.errors import BatonError
 from data_shards.storage import Storage
 from trainer import checkpoint
@@ -26,6 +24,7 @@ from trainer.checkpoint import CheckpointRef, Slices
 from trainer.checkpoint_manifest import CheckpointManifest
 from trainer.engine import ZeroEngine
 from trainer.errors import SaveFailed
+from trainer.process_group import anywhere
 from trainer.room import is_out_of_room
 from trainer.staging import Staging
 
@@ -196,9 +195,7 @@ class Saver:
 
     def anywhere(self, wish: bool) -> bool:
         """Whether it is so on any rank. Collective."""
-        count = torch.tensor(float(wish), device=self._engine.device)
-        torch.distributed.all_reduce(count)
-        return bool(count > 0)
+        return anywhere(wish, self._engine.device)
 
     def _run(
         self,

@@ -1,36 +1,82 @@
-"""Rank 0 watches the attempt's folder for a wish to stop, off the training thread."""
+"""Watches, off the training thread, for a wish that the attempt save and end.
+
+Rank 0 looks for ``attempts/<id>/stop.json``: the storage is the only channel, so it works the same under Ray, torchrun
+and a plain process. Every rank looks for a file on its own machine, by which an agent of the cloud tells that the
+machine will be taken away.
+"""
 
 from __future__ import annotations
 
+import socket
 import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 
-from trainer.run_directory import RunDirectory
+from trainer.events import EventKind, EventLog
+from trainer.run_directory import RunDirectory, StopKind, StopRequest
 
 POLL_SECONDS = 1.0
 
 
 class StopSignal:
-    """A flag that turns true once ``attempts/<id>/stop.json`` exists. The storage is the only channel, so it works the
-    same under Ray, torchrun and a plain process."""
+    """What was asked for, once it was."""
 
-    def __init__(self, run: RunDirectory, attempt: str, *, watch: bool) -> None:
-        self._wanted = threading.Event()
+    def __init__(
+        self, run: RunDirectory, attempt: str, rank: int, notice_file: str | None = None, node: str = ""
+    ) -> None:
+        """
+        Args:
+            node: what the driver calls this machine.
+        """
+        self._run = run
+        self._attempt = attempt
+        self._rank = rank
+        self._notice_file = Path(notice_file) if notice_file else None
+        self._node = node
+        self._request: StopRequest | None = None
         self._closed = threading.Event()
-        if watch:
-            threading.Thread(target=self._watch, args=(run, attempt), daemon=True, name="stop-signal").start()
+        if rank == 0 or self._notice_file:
+            threading.Thread(target=self._watch, daemon=True, name="stop-signal").start()
 
-    def _watch(self, run: RunDirectory, attempt: str) -> None:
+    def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
-            try:
-                if run.stop_requested(attempt):
-                    self._wanted.set()
-                    return
-            except OSError:
-                continue  # the storage is away for a moment; asking again costs nothing
+            with suppress(OSError):  # the storage is away for a moment; asking again costs nothing
+                self._request = self._asked() or self._request
+            if self._request is None and self._notice_file is not None and self._notice_file.exists():
+                self._request = self._noticed(self._notice_file)
+
+    def _asked(self) -> StopRequest | None:
+        return self._run.stop_request(self._attempt) if self._rank == 0 else None
+
+    def _noticed(self, path: Path) -> StopRequest:
+        request = StopRequest(f"{path} is there on {socket.gethostname()}", StopKind.PREEMPTED, deadline_in(path))
+        with suppress(OSError):  # for the driver, which then goes on elsewhere
+            self._run.notify(self._attempt, self._rank, self._node, request)
+        EventLog(self._run, self._attempt, self._rank).record(
+            EventKind.NOTICE, request.reason, deadline=request.deadline
+        )
+        return request
 
     @property
     def requested(self) -> bool:
-        return self._wanted.is_set()
+        return self._request is not None
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; infinite where none is known."""
+        request = self._request
+        if request is None or request.deadline is None:
+            return float("inf")
+        return max(0.0, request.deadline - time.time())
 
     def close(self) -> None:
         self._closed.set()
+
+
+def deadline_in(path: Path) -> float | None:
+    """Unix seconds, by the number of seconds left that a notice file begins with; None where it holds none, or can't be
+    read."""
+    with suppress(OSError, ValueError, IndexError):
+        return time.time() + max(0.0, float(path.read_text(errors="replace").split()[0]))
+    return None

@@ -26,10 +26,11 @@ from trainer.deepspeed_config import deepspeed_config
 from trainer.deterministic import make_deterministic
 from trainer.engine import ZeroEngine, build_optimizer
 from trainer.evaluation_worker import evaluate_model
+from trainer.events import EventKind, EventLog
 from trainer.loop import Loop, Outcome
 from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
-from trainer.process_group import leave_process_group, start_process_group
+from trainer.process_group import leave_process_group, node_id, start_process_group
 from trainer.progress_log import ProgressLog
 from trainer.resume import find_resumed, restore
 from trainer.room import EndlessRoom
@@ -96,7 +97,8 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
     sink = metrics if engine.rank == 0 else NoMetrics()
     reporter = Reporter(sink, spec.attempt, progress, num_steps=sampler.num_steps, world_size=engine.world_size)
     reporter.began(resumed.manifest if resumed and not resumed.manifest.fast else None)
-    stop = StopSignal(run, spec.attempt, watch=engine.rank == 0)
+    stop = StopSignal(run, spec.attempt, engine.rank, spec.notice_file, node_id())
+    events = EventLog(run, spec.attempt, engine.rank)
     room = watched_room(run, spec.attempt, config, engine, saver, log) if engine.rank == 0 else EndlessRoom()
     saved_step = None if resumed and resumed.manifest.fast else progress.step
     cadence = cadence_of(config.checkpoint, fast)
@@ -109,16 +111,21 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
         data.validation,
         progress,
         checkpointing,
-        lambda: stop.requested,
+        stop,
         log,
         reporter,
     )
+    if engine.rank == 0:
+        events.record(EventKind.TRAINING, f"from step {progress.step}", step=progress.step, workers=engine.world_size)
     try:
         outcome = loop.run()
     finally:
         stop.close()
         checkpointing.close()
     if engine.rank == 0:
+        if outcome == Outcome.STOPPED:
+            kind = EventKind.SAVED if loop.saved else EventKind.SAVE_SKIPPED
+            events.record(kind, f"step {loop.progress.step}", step=loop.progress.step)
         end = {"outcome": outcome.value, "at": utc_now(), "progress": asdict(loop.progress)}
         write_json(run.attempt(spec.attempt), "end.json", end)
     if fast and outcome == Outcome.FINISHED:
@@ -131,6 +138,8 @@ def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
     rank = int(os.environ.get("RANK", "0"))
     print(f"{utc_now()} worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}", flush=True)
     try:
+        with suppress(OSError):  # for the driver, which without it asks nobody to save when this machine goes
+            RunDirectory.at(spec.run_uri).write_place(spec.attempt, rank, node_id())
         start_process_group(spec.collective_timeout_s)
         if spec.evaluation is not None:
             evaluate_model(spec)

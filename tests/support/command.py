@@ -40,9 +40,22 @@ def environment(**extra: str) -> dict[str, str]:
 class Command:
     """A started ``python launch/<verb>.py …`` whose output is collected as it comes."""
 
-    def __init__(self, verb: str, *arguments: str, tree: Path = ROOT, cwd: Path | None = None, **extra: str) -> None:
+    def __init__(
+        self,
+        verb: str,
+        *arguments: str,
+        tree: Path = ROOT,
+        cwd: Path | None = None,
+        within: Sequence[str] = (),
+        **extra: str,
+    ) -> None:
+        """
+        Args:
+            within: a command that runs the one given to it somewhere else.
+            extra: of the environment.
+        """
         self.process = subprocess.Popen(
-            [sys.executable, str(tree / "launch" / f"{verb}.py"), *arguments],
+            [*within, sys.executable, str(tree / "launch" / f"{verb}.py"), *arguments],
             cwd=cwd or tree,
             env=environment(**extra),
             stdout=subprocess.PIPE,

@@ -119,6 +119,19 @@ def saver_of(
     return saver
 
 
+@dataclass
+class NeverStops:
+    """Is asked before each step whether the loop should end."""
+
+    before_step: Callable[[], None]
+    seconds_left: float = math.inf
+
+    @property
+    def requested(self) -> bool:
+        self.before_step()
+        return False
+
+
 def looped(base: str, root: str, setting: Setting) -> Looped:
     """A loop of one attempt, ``a1``, whose run is in ``root``, a path or a URI."""
     engine, let_go = make_engine(base, ADAMW), threading.Event()
@@ -150,7 +163,7 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
     room = watched_room(run, "a1", config, engine, saver, log) if first else EndlessRoom()
     reporter = Reporter(NoMetrics(), "a1", Progress(), num_steps=STEPS, world_size=2)
 
-    def stop_wanted() -> bool:  # called before each step
+    def before_step() -> None:
         step = loop.progress.step
         if setting.held_until is not None and step >= setting.held_until:
             let_go.set()
@@ -163,7 +176,6 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
             and time.monotonic() < wait_until
         ):
             time.sleep(0.005)
-        return False
 
     loop = Loop(
         engine,
@@ -173,7 +185,7 @@ def looped(base: str, root: str, setting: Setting) -> Looped:
         None,
         Progress(),
         Checkpointing(saver, room, Cadence(EVERY), 0, draft_of, log, reporter),
-        stop_wanted,
+        NeverStops(before_step),
         log,
         reporter,
     )

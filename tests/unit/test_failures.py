@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 
 from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, root_cause
-from cluster.ray_train import bundles_that_fit
+from cluster.ray_nodes import bundles_that_fit
 from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach, DiskFull, NonFiniteStep, SaveFailed
 from trainer.model import ModelError
 from trainer.run_directory import WorkerError

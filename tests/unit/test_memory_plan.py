@@ -76,6 +76,19 @@ def test_known_architectures_have_their_published_size(tmp_path: Path, base: str
     assert all(not p.trained for p in shape.base)
 
 
+def test_the_fewest_workers_must_fit_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def planned(**cluster: Any) -> tuple[int, str]:
+        values = big_model(LLAMA_8B, training={"steps": 3, "micro_batch": 1}, cluster=cluster)
+        values["model"] = {"base": LLAMA_8B, "activation_checkpointing": True}
+        code, _, err = run_plan(capsys, "--config", write(tmp_path, values), "--gpu-memory-gib", "40")
+        return code, err
+
+    assert planned(num_workers=64)[0] == 0 and planned(num_workers=2)[0] == 2
+    code, err = planned(workers={"min": 2, "max": 64})
+    assert code == 2 and "with cluster.workers.min=2: a worker needs" in err
+    assert planned(workers={"min": 32, "max": 64})[0] == 0
+
+
 def test_every_known_architecture_can_be_built(tmp_path: Path) -> None:
     for base in PUBLISHED:
         assert shape_of(tmp_path, base, Method.FULL).num_parameters > 7e9

@@ -1,0 +1,197 @@
+"""Wishes that an attempt make way: how they reach ranks and driver, and what follows."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.config import ClusterConfig
+from cluster.failures import Action, AttemptEnd, EndKind, decide
+from cluster.notice_server import TOKEN, NoticeServer
+from cluster.ray_nodes import bundles_that_fit
+from cluster.ray_watch import leaving_request
+from data_shards.errors import BadInput
+from launch.config import load_config
+from trainer.run_directory import RunDirectory, StopKind, StopRequest
+from trainer.stop_signal import StopSignal, deadline_in
+
+
+def until(found: Callable[[], Any], timeout_s: float = 10) -> Any:
+    deadline = time.monotonic() + timeout_s
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+def test_what_is_asked_comes_back(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    assert run.stop_request("a1") is None
+    run.request_stop("a1", "room for more", StopKind.RESIZE, deadline=17.5)
+    assert run.stop_request("a1") == StopRequest("room for more", StopKind.RESIZE, 17.5)
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"reason": "of an older release"}', '{"kind": "of a later one"}'])
+def test_whatever_is_there_is_a_wish_to_stop(tmp_path: Path, text: str) -> None:
+    folder = tmp_path / "attempts" / "a1"
+    folder.mkdir(parents=True)
+    (folder / "stop.json").write_text(text)
+    request = RunDirectory.at(str(tmp_path)).stop_request("a1")
+    assert request is not None and request.kind == StopKind.STOP and request.deadline is None
+
+
+def test_rank_zero_hears_of_it_and_how_long_there_is(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    signal = StopSignal(run, "a1", rank=0)
+    assert not signal.requested and signal.seconds_left == float("inf")
+    run.request_stop("a1", "stop", deadline=time.time() + 100)
+    until(lambda: signal.requested)
+    assert 90 < signal.seconds_left <= 100
+    run.request_stop("a1", "sooner", deadline=time.time() - 1)
+    until(lambda: signal.seconds_left == 0)
+    signal.close()
+
+
+def test_any_rank_sees_the_notice_on_its_machine_and_tells_the_driver(tmp_path: Path) -> None:
+    run, file = RunDirectory.at(str(tmp_path / "run")), tmp_path / "leaving"
+    signal = StopSignal(run, "a1", 3, str(file), node="node-7")
+    time.sleep(1.2)
+    assert not signal.requested and run.notices("a1") == {}
+    file.write_text("25 seconds\n")
+    until(lambda: signal.requested)
+    assert 20 < signal.seconds_left <= 25
+    ((node, request),) = run.notices("a1").items()
+    assert node == "node-7" and request.kind == StopKind.PREEMPTED and str(file) in request.reason
+    signal.close()
+
+
+@pytest.mark.parametrize(("text", "left"), [("30", 30), ("2.5 s", 2.5), ("-4", 0), ("", None), ("soon", None)])
+def test_seconds_in_a_notice_file(tmp_path: Path, text: str, left: float | None) -> None:
+    path = tmp_path / "leaving"
+    path.write_text(text)
+    found = deadline_in(path)
+    assert (found is None) == (left is None)
+    assert left is None or found == pytest.approx(time.time() + left, abs=1)
+
+
+def made_way(start: int, committed: int, kind: EndKind = EndKind.STOPPED) -> AttemptEnd:
+    return AttemptEnd(kind, start, committed, making_way="node 4 will be taken away")
+
+
+def test_a_run_goes_on_after_it_made_way() -> None:
+    assert decide([made_way(0, 5)], 2, stop_wanted=False).action == Action.RETRY
+    assert decide([made_way(0, 5)], 2, stop_wanted=True).action == Action.STOP_RESUMABLE
+    assert decide([AttemptEnd(EndKind.STOPPED, 0, 5)], 2, stop_wanted=False).action == Action.STOP_RESUMABLE
+
+
+def test_machines_that_go_before_anything_is_committed_are_no_failures() -> None:
+    storm = [made_way(5, 5), made_way(5, 5, EndKind.FAILED)] * 5
+    decision = decide(storm, 2, stop_wanted=False)
+    assert decision.action == Action.RETRY and decision.delay_s == 0
+    failed = AttemptEnd(EndKind.FAILED, 5, 5)
+    assert decide([*storm, failed, failed, failed], 2, stop_wanted=False).action == Action.FAIL
+
+
+def test_only_nodes_with_ranks_matter() -> None:
+    nodes = {0: "aaaaaaaaaa", 1: "bbbbbbbbbb", 2: "bbbbbbbbbb"}
+    assert leaving_request({}, nodes) is None and leaving_request({"c": 5.0}, nodes) is None
+    assert leaving_request({"aaaaaaaaaa": 5.0}, {}) is None, "nobody has said where he is"
+    request = leaving_request({"bbbbbbbbbb": 9.0, "aaaaaaaaaa": None, "c": 5.0}, nodes)
+    assert request is not None and request.kind == StopKind.PREEMPTED and request.deadline == 9.0
+    assert "rank 0, 1, 2" in request.reason and "aaaaaaaa, bbbbbbbb" in request.reason
+
+
+def test_workers_lie_on_one_node_each() -> None:
+    assert bundles_that_fit([{"CPU": 3.0}, {"CPU": 1.0, "GPU": 2.0}], {"CPU": 2.0, "GPU": 0.0}) == 1
+    assert bundles_that_fit([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0}], {"CPU": 1.0, "GPU": 1.0}) == 2
+
+
+class Asked:
+    """A notice server and what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, float | None]] = []
+        self.server = NoticeServer(0, self.tell)
+
+    def tell(self, node: str, seconds: float | None) -> bool:
+        self.told.append((node, seconds))
+        return node == "here"
+
+    def post(self, body: Any, token: str = "right", path: str = "/notice") -> int:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.server.port}{path}",
+            data=body if isinstance(body, bytes) else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {token}"},
+            method="POST",
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[Asked]:
+    monkeypatch.setenv(TOKEN, "right")
+    made = Asked()
+    yield made
+    made.server.close()
+
+
+def test_notices_by_http(asked: Asked) -> None:
+    assert asked.post({"node": "here", "seconds": 30}) == 202
+    assert asked.post({"node": "here"}) == 202
+    assert asked.post({"node": "elsewhere", "seconds": 1.5}) == 404
+    assert asked.told == [("here", 30.0), ("here", None), ("elsewhere", 1.5)]
+
+
+@pytest.mark.parametrize("body", [b"", b"[]", b"{}", b"\xff", {"node": "here", "seconds": "soon"}, b" " * 5000])
+def test_a_notice_that_says_nothing_is_refused(asked: Asked, body: Any) -> None:
+    assert asked.post(body) == 400 and asked.told == []
+
+
+def test_a_notice_needs_the_token(asked: Asked) -> None:
+    assert asked.post({"node": "here"}, token="guessed") == 401
+    assert asked.post({"node": "here"}, token="rightt") == 401
+    assert asked.post({"node": "here"}, path="/metrics") == 404
+    assert asked.told == []
+
+
+def test_without_a_token_no_port_is_opened(monkeypatch: pytest.MonkeyPatch, asked: Asked) -> None:
+    with pytest.raises(BadInput, match=f"cluster.notice_port={asked.server.port}: Address already in use"):
+        NoticeServer(asked.server.port, asked.tell)
+    monkeypatch.delenv(TOKEN)
+    with pytest.raises(BadInput, match=f"needs a token in the environment variable {TOKEN}"):
+        NoticeServer(0, asked.tell)
+
+
+def test_bounds_of_workers() -> None:
+    elastic = ClusterConfig.model_validate({"workers": {"min": 2, "max": 8}})
+    assert (elastic.min_workers, elastic.num_workers) == (2, 8)
+    assert ClusterConfig.model_validate(elastic.model_dump(mode="json")) == elastic
+    fixed = ClusterConfig.model_validate({"num_workers": 3})
+    assert (fixed.min_workers, fixed.num_workers) == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("cluster.workers={min: 3, max: 2}", "min=3 is more than max=2"),
+        ("cluster.workers={min: 3}", "cluster.workers.max"),
+        ("cluster={workers: {max: 2}, num_workers: 4}", "contradict each other"),
+        ("cluster={workers: {max: 2}, launcher: processes}", "launcher=ray"),
+    ],
+)
+def test_bounds_that_make_no_sense(tmp_path: Path, override: str, problem: str) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("model: {base: b}\ndata: {train: t.jsonl}\n")
+    with pytest.raises(BadInput, match=problem):
+        load_config(str(config), [override])
