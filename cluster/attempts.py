@@ -56,6 +56,11 @@ class _StopRequest:
         self._say(f"{self._reason}: the workers stop")
         self.forward()
 
+    def ask(self, reason: str) -> None:
+        self._reason, self.wanted = reason, True
+        self._say(f"{reason}: asking the workers to save and stop")
+        self.forward()
+
     def forward(self) -> None:
         if self.wanted and self.attempt is not None:
             self._run.request_stop(self.attempt, self._reason)
@@ -102,6 +107,7 @@ def run_attempts(
     history: list[AttemptEnd] = []
     stop = _StopRequest(run, say)
     lease.when_lost(stop.lose)
+    lease.when_asked_to_stop(stop.ask)
     monitor = monitor or NoMonitor()
     with stop.listening():
         while True:

@@ -27,6 +27,8 @@ VERBS = {
     "export": "a checkpoint to Hugging Face files",
     "checkpoints": "list or verify a run's checkpoints",
     "runs": "list the runs under a storage path",
+    "status": "the story of a run: who holds it, where it stands, what became of each attempt, and its goodput",
+    "stop": "ask the launcher that holds a run, on whatever machine, to save and stop",
 }
 
 

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
+from data_shards.errors import BatonError
 from data_shards.storage import Storage
 from trainer.evaluate import EvaluationResult
 from trainer.run_directory import utc_now
 from trainer.step import StepResult
+
+STEPS = "steps"
+"""Folder of an attempt with the records of steps, a file a commit."""
+SO_FAR = "steps-so-far.jsonl"
+"""Beside it, the records that no commit followed yet."""
+SO_FAR_EVERY_S = 15.0
 
 
 def duration(seconds: float) -> str:
@@ -39,7 +48,8 @@ class ProgressLog:
     """On rank 0 prints lines and keeps step records; silent elsewhere.
 
     Records go to ``attempts/<id>/steps/<first>-<last>.jsonl`` just before a checkpoint is committed: an object
-    store has no append, and steps after the last commit will be done again anyway.
+    store has no append. Meanwhile those that wait for that are written aside now and then, behind training, for whoever
+    looks on, and so that of an attempt that is killed it is known what was lost.
     """
 
     def __init__(self, attempt: Storage, num_steps: int, log_every: int, *, enabled: bool) -> None:
@@ -49,6 +59,8 @@ class ProgressLog:
         self._enabled = enabled
         self._records: list[dict[str, Any]] = []
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)  # seconds and tokens of recent steps
+        self._written_at = time.monotonic()
+        self._aside: threading.Thread | None = None
 
     def say(self, text: str) -> None:
         if self._enabled:
@@ -63,7 +75,9 @@ class ProgressLog:
         """Args: step: completed ones, this included."""
         self._recent.append((seconds, result.tokens))
         figures = {name: value for name, value in result._asdict().items() if name != "standing"}
-        self._records.append({"step": step, "lr": learning_rate, "seconds": seconds, "time": time.time(), **figures})
+        known = {"step": step, "num_steps": self._num_steps, "lr": learning_rate, "seconds": seconds}
+        self._records.append({**known, "time": time.time(), **figures})
+        self._write_aside_if_due()
         if step % self._log_every == 0 or step in (1, self._num_steps):
             spent, tokens = (sum(values) for values in zip(*self._recent, strict=True))
             eta = duration(spent / len(self._recent) * (self._num_steps - step))
@@ -71,6 +85,19 @@ class ProgressLog:
                 f"step {step}/{self._num_steps}  loss {result.loss:.4f}  lr {learning_rate:.2e}  "
                 f"grad norm {result.grad_norm:.3f}  {tokens / max(spent, 1e-9):,.0f} tok/s  ETA {eta}"
             )
+
+    def _write_aside_if_due(self) -> None:
+        due = time.monotonic() >= self._written_at + SO_FAR_EVERY_S
+        if not self._enabled or not due or (self._aside and self._aside.is_alive()):
+            return
+        self._written_at = time.monotonic()
+        lines = _lines(list(self._records))
+        self._aside = threading.Thread(target=self._write_aside, args=(lines,), daemon=True, name="steps-so-far")
+        self._aside.start()
+
+    def _write_aside(self, lines: bytes) -> None:
+        with suppress(OSError, BatonError):  # for people
+            self._attempt.write(SO_FAR, [lines])
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,8 +120,12 @@ class ProgressLog:
             records = self._records[:number]
             if self._enabled and records:
                 first, last = records[0]["step"], records[-1]["step"]
-                lines = "".join(json.dumps(record) + "\n" for record in records)
-                self._attempt.write(f"steps/{first:08d}-{last:08d}.jsonl", [lines.encode()])
+                self._attempt.write(f"{STEPS}/{first:08d}-{last:08d}.jsonl", [_lines(records)])
             del self._records[:number]
+            self._written_at = time.monotonic()
 
         return flush
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -1,0 +1,106 @@
+"""A run from its operator's side: told while it trains, stopped from elsewhere, told again, gone on with, told at its
+end. And nothing secret in whatever it leaves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from launch import status, stop
+from tests.integration.conftest import Workshop
+from tests.support.command import Command, Ended, RunFiles, run_here, slowed_tree, write_config
+
+STEPS = 24
+
+
+@dataclass(frozen=True)
+class Operated:
+    files: RunFiles
+    training: dict[str, Any]
+    """what ``baton status`` says while it trains"""
+    stop: Ended
+    stop_s: float
+    stopped_code: int
+    """of the launcher that was asked"""
+    stopped: str
+    finished: dict[str, Any]
+    text: str
+    """of the end"""
+    output: str
+    """of both launchers and their workers"""
+
+
+def told(config: str) -> dict[str, Any]:
+    done = run_here(status.main, "--config", config, "--json")
+    assert done.code == 0, done.output
+    return json.loads(done.output)
+
+
+@pytest.fixture(scope="module")
+def operated(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operated]:
+    values = workshop.values | {"training": {"global_batch": 6, "micro_batch": 2, "steps": STEPS}}
+    config = str(write_config(workshop.data, values, "operated"))
+    tree = slowed_tree(tmp_path_factory.mktemp("trees"), 0.5)
+    first = Command("finetune", "--config", config, tree=tree)
+    try:
+        first.wait_for(rf"step 9/{STEPS} ")
+        training = told(config)
+        began = time.monotonic()
+        stopping = run_here(stop.main, "--config", config)
+        stop_s = time.monotonic() - began
+        code = first.finish(60)
+        stopped = run_here(status.main, "--config", config).output
+    finally:
+        first.kill()
+    second = Command("finetune", "--config", config)
+    try:
+        assert second.finish() == 0, second.output
+    finally:
+        second.kill()
+    text = run_here(status.main, "--config", config).output
+    files = RunFiles(workshop.data / "runs" / "operated")
+    output = f"{first.output}\n{second.output}"
+    yield Operated(files, training, stopping, stop_s, code, stopped, told(config), text, output)
+
+
+def test_it_is_told_while_it_trains(operated: Operated) -> None:
+    (attempt,) = operated.training["story"]["attempts"]
+    assert operated.training["story"]["state"] == "training" and attempt["state"] == "running"
+    assert operated.training["num_steps"] == STEPS and operated.training["durable"]["step"] == 7
+    assert 7 <= operated.training["story"]["step"] < STEPS
+
+
+def test_it_is_stopped_from_elsewhere(operated: Operated) -> None:
+    assert operated.stop.code == 0, operated.stop.output
+    assert operated.stopped_code == 75
+    assert "baton stop): asking the workers to save and stop" in operated.output
+    assert operated.stop_s < 30, "a heartbeat, a step, a save"
+    step = operated.finished["story"]["attempts"][0]["to_step"]
+    assert 9 <= step < STEPS
+    assert f"stopped at step {step}: stopped on request; step {step} is saved" in operated.stop.output
+    assert f"stopped on request; step {step} is saved" in operated.stopped
+
+
+def test_it_is_told_at_its_end(operated: Operated) -> None:
+    story = operated.finished["story"]
+    first, second = story["attempts"]
+    assert story["state"] == "finished" and story["step"] == STEPS
+    assert (first["state"], second["state"]) == ("stopped", "finished")
+    assert first["to_step"] == second["from_step"] and second["to_step"] == STEPS
+    assert first["lost_steps"] == second["lost_steps"] == 0
+    records = operated.files.steps()
+    totals = story["totals"]
+    assert sorted(records) == list(range(1, STEPS + 1))
+    assert totals["kept_s"] == pytest.approx(sum(record["seconds"] for record in records.values()))
+    assert 0 < totals["goodput"] < 1 and totals["idle_s"] > 0
+    assert f"step {STEPS} of {STEPS}" in operated.text and "goodput" in operated.text
+
+
+def test_nothing_is_left_to_stop(operated: Operated) -> None:
+    done = run_here(stop.main, str(operated.files.path))
+    assert done.code == 2 and "nobody holds the run" in done.output
