@@ -22,6 +22,7 @@ VERBS = {
     "prepare": "records to Arrow shards",
     "plan": "memory, disk, steps and batches of a run before it takes a GPU, and whether they fit",
     "finetune": "prepare if needed, train, export if asked; the same command again resumes",
+    "submit": "finetune as a job of a Ray cluster, followed to its end",
     "generate": "the same prompts through the base and the tuned model",
     "evaluate": "perplexity and token accuracy of a checkpoint, the base or an exported model",
     "export": "a checkpoint to Hugging Face files",

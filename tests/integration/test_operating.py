@@ -4,6 +4,7 @@ end. And nothing secret in whatever it leaves."""
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +15,11 @@ import pytest
 from launch import status, stop
 from tests.integration.conftest import Workshop
 from tests.support.command import Command, Ended, RunFiles, run_here, slowed_tree, write_config
+from tests.support.secrets_search import leaks
 
 STEPS = 24
+PLANTED = {name: f"planted-{secrets.token_hex(16)}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY")}
+"""Secrets in the environment of the launchers, and with it of their workers."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ def operated(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> It
     values = workshop.values | {"training": {"global_batch": 6, "micro_batch": 2, "steps": STEPS}}
     config = str(write_config(workshop.data, values, "operated"))
     tree = slowed_tree(tmp_path_factory.mktemp("trees"), 0.5)
-    first = Command("finetune", "--config", config, tree=tree)
+    first = Command("finetune", "--config", config, tree=tree, **PLANTED)
     try:
         first.wait_for(rf"step 9/{STEPS} ")
         training = told(config)
@@ -57,7 +61,7 @@ def operated(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> It
         stopped = run_here(status.main, "--config", config).output
     finally:
         first.kill()
-    second = Command("finetune", "--config", config)
+    second = Command("finetune", "--config", config, **PLANTED)
     try:
         assert second.finish() == 0, second.output
     finally:
@@ -104,3 +108,16 @@ def test_it_is_told_at_its_end(operated: Operated) -> None:
 def test_nothing_is_left_to_stop(operated: Operated) -> None:
     done = run_here(stop.main, str(operated.files.path))
     assert done.code == 2 and "nobody holds the run" in done.output
+
+
+def test_secrets_of_the_environment_stay_there(operated: Operated) -> None:
+    """Not in what the run leaves, not in what its processes say, not in what is told of it."""
+    storage = operated.files.path.parent
+    assert leaks(storage, PLANTED) == []
+    told = "\n".join([operated.output, operated.text, operated.stopped, json.dumps(operated.finished)])
+    assert [name for name, value in PLANTED.items() if value in told] == []
+    (operated.files.path / "attempts" / "planted").write_text(f"token={PLANTED['HF_TOKEN']}")
+    try:
+        assert leaks(storage, PLANTED) == ["operated/attempts/planted: HF_TOKEN"], "it would have been found"
+    finally:
+        (operated.files.path / "attempts" / "planted").unlink()

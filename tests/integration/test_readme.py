@@ -20,7 +20,7 @@ from tests.support.command import ROOT, run
 
 README = (ROOT / "README.md").read_text()
 BAD = ("Traceback", "baton:")
-ELSEWHERE = ("launcher=", "baton stop")
+ELSEWHERE = ("launcher=", "baton stop", "baton submit")
 """What marks lines of ``baton`` that other tests run."""
 
 
@@ -110,6 +110,7 @@ def test_the_other_lines_are_run_elsewhere() -> None:
         r"make (quickstart|test)",
         r"ray job submit --working-dir \. -- python launch/finetune\.py --config my\.yaml",  # test_ray_job.py
         r"baton finetune --config my\.yaml cluster\.launcher=processes +#.*",  # the_verbs
+        r"baton submit --config my\.yaml --address http://head:8265",  # test_ray_job.py
         r"baton stop +--config my\.yaml +#.*",  # test_operating.py
         r"torchrun --nproc-per-node 8 launch/finetune\.py --config my\.yaml +#.*",  # test_recovery.py
     )
