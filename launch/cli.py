@@ -79,6 +79,9 @@ def run_verb(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> 
     except DiskFull as error:  # under torchrun, where no driver decides
         print(f"baton: {error}", file=sys.stderr, flush=True)
         return int(ExitCode.STOPPED)
+    except KeyboardInterrupt:
+        print("baton: interrupted; nothing committed is lost", file=sys.stderr, flush=True)
+        return int(ExitCode.INTERRUPTED)
     except BatonError as error:
         print(f"baton: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return int(ExitCode.FAILED)

@@ -19,7 +19,6 @@ from launch.exit_codes import ExitCode
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARGIN_S = 60
-_INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str]) -> int:
         return _exit_code(job, jobs.follow(job, _show))
     except KeyboardInterrupt:
         say(f"{job} goes on; 'baton stop' saves and stops it")
-        return _INTERRUPTED
+        return ExitCode.INTERRUPTED
 
 
 def _tree() -> Path:

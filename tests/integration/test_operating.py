@@ -5,17 +5,21 @@ from __future__ import annotations
 
 import json
 import secrets
+import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 
+from cluster.holder import this_process
+from cluster.lease import World, take
 from launch import status, stop
 from tests.integration.conftest import Workshop
 from tests.support.command import Command, Ended, RunFiles, run_here, slowed_tree, write_config
 from tests.support.secrets_search import leaks
+from trainer.run_directory import RunDirectory
 
 STEPS = 24
 PLANTED = {name: f"planted-{secrets.token_hex(16)}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY")}
@@ -108,6 +112,26 @@ def test_it_is_told_at_its_end(operated: Operated) -> None:
 def test_nothing_is_left_to_stop(operated: Operated) -> None:
     done = run_here(stop.main, str(operated.files.path))
     assert done.code == 2 and "nobody holds the run" in done.output
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_signals_before_there_is_anything_to_save(workshop: Workshop, signum: signal.Signals, code: int) -> None:
+    """Here while it looks whether another machine's launcher lives."""
+    config = str(write_config(workshop.data, workshop.values, f"signalled-{code}"))
+    run = RunDirectory.at(str(workshop.data / "runs" / f"signalled-{code}"))
+    elsewhere = replace(this_process(), host="elsewhere", place="another boot")
+    take(run, lambda line: None, world=World(me=lambda: elsewhere))
+    command = Command("finetune", "--config", config)
+    try:
+        command.wait_for("the run is held by .*@elsewhere.* looking whether it is alive")
+        command.process.send_signal(signum)
+        assert command.finish(30) == code, command.output
+    finally:
+        command.kill()
+    assert "Traceback" not in command.output
+    assert ("baton: interrupted; nothing committed is lost" in command.output) == (signum == signal.SIGINT)
 
 
 def test_secrets_of_the_environment_stay_there(operated: Operated) -> None:
