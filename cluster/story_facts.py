@@ -59,7 +59,8 @@ def read_run(run: RunDirectory, held_by: Claim | None) -> RunRecord:
         result=result.get("status"),
         result_attempts=result.get("attempts", 0),
     )
-    return RunRecord(facts, found.usable, _num_steps(attempts, newest, result, recorded), result)
+    num_steps = _num_steps([attempts[start.attempt] for start in found.chain], result, recorded)
+    return RunRecord(facts, found.usable, num_steps, result)
 
 
 def unix(written: str) -> float:
@@ -84,11 +85,9 @@ def _committed(usable: Sequence[CheckpointRef], starts: Sequence[AttemptStart]) 
     return found
 
 
-def _num_steps(
-    attempts: Mapping[str, _Attempt], newest: str | None, result: Mapping[str, Any], recorded: Mapping[str, Any]
-) -> int | None:
-    """As its last attempt says, else its last submission, else its configuration."""
-    told = attempts[newest].num_steps if newest else None
+def _num_steps(chain: Sequence[_Attempt], result: Mapping[str, Any], recorded: Mapping[str, Any]) -> int | None:
+    """As the last attempt that did a step says, else its last submission, else its configuration."""
+    told = next((attempt.num_steps for attempt in reversed(chain) if attempt.num_steps), None)
     return told or result.get("num_steps") or recorded.get("config", {}).get("training", {}).get("steps")
 
 
