@@ -74,7 +74,8 @@ class AttemptFacts:
     @property
     def reached(self) -> int:
         """The last step that it is known to have done."""
-        told = [step for event in self.events if isinstance(step := event.details.get("step"), int)]
+        saved = [event.details.get("step") for event in self.events if event.kind == EventKind.SAVED]
+        told = [step for step in saved if isinstance(step, int)]
         steps = [self.start.start_step, self.committed_step or 0, *told, *(step.step for step in self.steps)]
         return max(steps)
 

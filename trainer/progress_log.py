@@ -24,6 +24,8 @@ STEPS = "steps"
 SO_FAR = "steps-so-far.jsonl"
 """Beside it, the records that no commit followed yet."""
 SO_FAR_EVERY_S = 15.0
+_SO_FAR_AT_MOST = 2000
+"""Records, the newest: a run that commits once in a hundred thousand steps need not write them all again and again."""
 
 
 def duration(seconds: float) -> str:
@@ -59,8 +61,7 @@ class ProgressLog:
         self._enabled = enabled
         self._records: list[dict[str, Any]] = []
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)  # seconds and tokens of recent steps
-        self._written_at = time.monotonic()
-        self._aside: threading.Thread | None = None
+        self._aside: threading.Timer | None = None
 
     def say(self, text: str) -> None:
         if self._enabled:
@@ -77,7 +78,7 @@ class ProgressLog:
         figures = {name: value for name, value in result._asdict().items() if name != "standing"}
         known = {"step": step, "num_steps": self._num_steps, "lr": learning_rate, "seconds": seconds}
         self._records.append({**known, "time": time.time(), **figures})
-        self._write_aside_if_due()
+        self._write_aside_soon()
         if step % self._log_every == 0 or step in (1, self._num_steps):
             spent, tokens = (sum(values) for values in zip(*self._recent, strict=True))
             eta = duration(spent / len(self._recent) * (self._num_steps - step))
@@ -86,18 +87,19 @@ class ProgressLog:
                 f"grad norm {result.grad_norm:.3f}  {tokens / max(spent, 1e-9):,.0f} tok/s  ETA {eta}"
             )
 
-    def _write_aside_if_due(self) -> None:
-        due = time.monotonic() >= self._written_at + SO_FAR_EVERY_S
-        if not self._enabled or not due or (self._aside and self._aside.is_alive()):
+    def _write_aside_soon(self) -> None:
+        """By a timer and not by the steps, so that those before a hang are told too."""
+        if not self._enabled or (self._aside and self._aside.is_alive()):
             return
-        self._written_at = time.monotonic()
-        lines = _lines(list(self._records))
-        self._aside = threading.Thread(target=self._write_aside, args=(lines,), daemon=True, name="steps-so-far")
+        self._aside = threading.Timer(SO_FAR_EVERY_S, self._write_aside)
+        self._aside.daemon = True
         self._aside.start()
 
-    def _write_aside(self, lines: bytes) -> None:
+    def _write_aside(self) -> None:
+        records = self._records[-_SO_FAR_AT_MOST:]
         with suppress(OSError, BatonError):  # for people
-            self._attempt.write(SO_FAR, [lines])
+            if records:
+                self._attempt.write(SO_FAR, [_lines(records)])
 
     @property
     def tokens_per_second(self) -> float:
@@ -122,7 +124,8 @@ class ProgressLog:
                 first, last = records[0]["step"], records[-1]["step"]
                 self._attempt.write(f"{STEPS}/{first:08d}-{last:08d}.jsonl", [_lines(records)])
             del self._records[:number]
-            self._written_at = time.monotonic()
+            if self._aside:
+                self._aside.cancel()
 
         return flush
 

@@ -4,11 +4,16 @@ end. And nothing secret in whatever it leaves."""
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +22,7 @@ from cluster.holder import this_process
 from cluster.lease import World, take
 from launch import status, stop
 from tests.integration.conftest import Workshop
-from tests.support.command import Command, Ended, RunFiles, run_here, slowed_tree, write_config
+from tests.support.command import Command, Ended, RunFiles, environment, run_here, slowed_tree, write_config
 from tests.support.secrets_search import leaks
 from trainer.run_directory import RunDirectory
 
@@ -112,6 +117,34 @@ def test_it_is_told_at_its_end(operated: Operated) -> None:
 def test_nothing_is_left_to_stop(operated: Operated) -> None:
     done = run_here(stop.main, str(operated.files.path))
     assert done.code == 2 and "nobody holds the run" in done.output
+
+
+def test_under_torchrun_too(workshop: Workshop, tmp_path: Path) -> None:
+    config = str(write_config(workshop.data, workshop.values, "elastic-stopped"))
+    torchrun = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "1"]
+    script = str(slowed_tree(tmp_path, 0.5) / "launch" / "finetune.py")
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [*torchrun, script, "--config", config],
+            env=environment(OMP_NUM_THREADS="1"),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while "step 1/" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        done = run_here(stop.main, "--config", config)
+        assert done.code == 0 and "stopped at step " in done.output, done.output + log.read_text()
+        process.wait(60)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(10)
+    assert told(config)["story"]["state"] == "stopped"
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,7 @@ def run(tmp_path: Path) -> RunDirectory:
     commit(run, first.attempt, 10)
     record(run, first.attempt, 11, 17, 30, SO_FAR)
     EventLog(run, first.attempt).record(EventKind.STARTED, "attempt 1 begins", num_workers=3)
-    EventLog(run, first.attempt, rank=2).record(EventKind.HANG, "no step for 60 s", step=19)
+    EventLog(run, first.attempt, rank=2).record(EventKind.HANG, "no step for 60 s", step=17)
     run.write_error(first.attempt, WorkerError.of(1, NonFiniteStep("the loss is nan")))
     decision = {
         "decision": {"action": "retry", "reason": "NonFiniteStep: the loss is nan"},
@@ -87,11 +87,11 @@ def test_the_story_in_words(run: RunDirectory, tmp_path: Path) -> None:
     assert lines[3].startswith("newest durable checkpoint: step 20, ")
     table = lines.index("attempt began (UTC) took workers steps lost ended")
     first, second = lines[table + 1 : table + 3]
-    assert first.endswith(" 50s 3 0→19 9 (14s) failed: NonFiniteStep: the loss is nan"), first
+    assert first.endswith(" 50s 3 0→17 7 (14s) failed: NonFiniteStep: the loss is nan"), first
     assert second.endswith(" 30s 1 10→20 - vanished: no word of its end: its launcher was killed or lost"), second
     assert any(line.endswith("hang attempt 1 rank 2: no step for 60 s") for line in lines)
     assert not any("attempt 1 begins" in line for line in lines)
-    assert lines[-2] == "attempts 2, lost 9 steps (14s)"
+    assert lines[-2] == "attempts 2, lost 7 steps (14s)"
     assert lines[-1].startswith(
         "goodput 44.4% of the 1m30s since the first attempt began: 40s in steps that count, 14s"
     )
@@ -101,7 +101,7 @@ def test_for_scripts(run: RunDirectory, tmp_path: Path) -> None:
     told = as_json(str(tmp_path / "mine"))
     assert told["num_steps"] == 50 and told["held_by"] is None and told["durable"]["step"] == 20
     assert told["story"]["state"] == "interrupted" and told["story"]["step"] == 20
-    assert [attempt["lost_steps"] for attempt in told["story"]["attempts"]] == [9, 0]
+    assert [attempt["lost_steps"] for attempt in told["story"]["attempts"]] == [7, 0]
     assert {event["kind"] for event in told["story"]["events"]} == {"started", "hang"}
     totals = told["story"]["totals"]
     assert totals["elapsed_s"] == 90.0 and totals["goodput"] == pytest.approx(40 / 90)
@@ -164,26 +164,30 @@ def result_of_step(loss: float = 1.0) -> StepResult:
     return StepResult(**known | {"loss": loss, "seconds_by_part": {}})
 
 
+def steps_so_far(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def test_steps_are_told_before_their_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not with each step, and what a commit has written is not written again."""
-    monkeypatch.setattr("trainer.progress_log.SO_FAR_EVERY_S", 0.2)
+    """Not with each step; also where no step follows; and what a commit has written is not written again."""
+    monkeypatch.setattr("trainer.progress_log.SO_FAR_EVERY_S", 0.5)
     run = RunDirectory.at(str(tmp_path))
     write_json(run.storage, "run.json", {})
     start = run.start_attempt(None, None, ())
     log = ProgressLog(run.attempt(start.attempt), 9, 100, enabled=True)
     so_far = tmp_path / "attempts" / start.attempt / SO_FAR
-    log.step(1, result_of_step(), 1e-3, 0.5)
-    assert not so_far.exists()
-    time.sleep(0.25)
-    log.step(2, result_of_step(), 1e-3, 0.5)
-    assert log._aside is not None
-    log._aside.join(10)
-    log.step(3, result_of_step(), 1e-3, 0.5)
-    assert [json.loads(line)["step"] for line in so_far.read_text().splitlines()] == [1, 2]
+    for step in (1, 2):
+        log.step(step, result_of_step(), 1e-3, 0.5)
+    assert steps_so_far(so_far) == []
+    time.sleep(0.8)
+    assert steps_so_far(so_far) == [1, 2]
     assert as_json(str(tmp_path))["story"]["attempts"][0]["to_step"] == 2
+    log.step(3, result_of_step(), 1e-3, 0.5)
     log.flushing()()
-    time.sleep(0.25)
+    time.sleep(0.8)
+    assert steps_so_far(so_far) == [1, 2], "nothing was left to write"
     log.step(4, result_of_step(), 1e-3, 0.5)
-    log._aside.join(10)
-    assert [json.loads(line)["step"] for line in so_far.read_text().splitlines()] == [4]
-    assert as_json(str(tmp_path))["num_steps"] == 9
+    time.sleep(0.8)
+    assert steps_so_far(so_far) == [4]
+    told = as_json(str(tmp_path))
+    assert told["num_steps"] == 9 and told["story"]["attempts"][0]["to_step"] == 4

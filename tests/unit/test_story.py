@@ -80,10 +80,10 @@ def test_killed_and_gone_on_with() -> None:
 
 
 def test_steps_without_records_are_known_by_what_was_committed_or_told() -> None:
-    """A killed worker's records may be those of half a minute ago."""
+    """A killed worker's last records may not have been written."""
     played = Played()
     name = played.attempt(0, 5)
-    told = Event(1020.0, EventKind.HANG.value, "no step for 60 s", name, 1, {"step": 33})
+    told = Event(1020.0, EventKind.SAVED.value, "saved on a notice", name, 0, {"step": 33})
     played.attempts[name] = replace(played.attempts[name], committed_step=30, events=(told,))
     (attempt,) = tell(played.facts(30)).attempts
     assert (attempt.to_step, attempt.kept_steps, attempt.lost_steps, attempt.kept_s) == (33, 30, 3, 10.0)
