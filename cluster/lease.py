@@ -261,7 +261,7 @@ def _clear_away(desk: Desk, seen: list[Seen], over: frozenset[str]) -> tuple[Cla
 def _refusal(run: RunDirectory, by: Claim) -> str:
     return (
         f"the run {run.storage.uri} is held by another launcher: {by}. Nothing was started. Wait until it ends, or "
-        f"stop it (SIGTERM to pid {by.holder.pid} on {by.holder.host}"
+        f"stop it (`baton stop`, from anywhere; or SIGTERM to pid {by.holder.pid} on {by.holder.host}"
         f"{f', or `ray job stop {by.holder.job}`' if by.holder.job else ''}: it saves first). If it can't be reached, "
         "the same command with --take-over takes the run from it; what it commits after that is ignored"
     )
