@@ -73,6 +73,11 @@ class _StopRequest:
         self._say(f"{self._reason}: the workers stop")
         self.forward()
 
+    def ask(self, reason: str) -> None:
+        self._reason, self.wanted = reason, True
+        self._say(f"{reason}: asking the workers to save and stop")
+        self.forward()
+
     def forward(self) -> None:
         if self.wanted and self.attempt is not None:
             self._pass_on(self.attempt, StopRequest(self._reason, StopKind.STOP, self._deadline))
@@ -135,6 +140,7 @@ def run_attempts(
     history: list[AttemptEnd] = []
     stop = _StopRequest(run, say, stop_grace_s)
     lease.when_lost(stop.lose)
+    lease.when_asked_to_stop(stop.ask)
     monitor = monitor or NoMonitor()
     with stop.listening():
         while True:

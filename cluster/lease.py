@@ -6,6 +6,7 @@ The rules are in ``cluster.claims``; docs/one-launcher.md says what follows from
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 import threading
@@ -18,13 +19,16 @@ from typing import Any
 
 from cluster.claims import Claim, Move, Seen, State, Timing, Watch, next_move, successor, top_term
 from cluster.holder import Holder, Life, life_here, this_process
+from data_shards.errors import CorruptFile
 from data_shards.storage import Storage
 from trainer.errors import RunHeld
-from trainer.run_directory import RunDirectory, Say, read_json, utc_now
+from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
 
 log = logging.getLogger(__name__)
 
 CLAIMS = "claims"
+STOP = ".stop"
+"""Beside ``<id>.json``: whoever wrote ``<id>.stop`` asks the holder of that very claim to save and stop."""
 _LOCAL_SETTLE_S = 0.2
 """A directory shows a file at once; over a network file system the claim just written makes the client look anew."""
 
@@ -43,19 +47,23 @@ def timing_for(storage: Storage) -> Timing:
     return Timing(settle_s=_LOCAL_SETTLE_S) if storage.local_path is not None else Timing()
 
 
-class _Desk:
+class Desk:
     """The claims on one run, read and written."""
 
     def __init__(self, run: RunDirectory, timing: Timing, world: World) -> None:
         self._storage = run.storage.child(CLAIMS)
         self._watch = Watch(timing, world.life_of)
         self._world = world
+        self.asked: frozenset[str] = frozenset()
+        """claims whose holders were asked to stop, by the last look"""
 
     def look(self, but: Claim | None) -> list[Seen]:
         """All claims but one's own."""
         began = self._world.clock()
         own = but.id if but else None
-        names = [name for name in self._storage.list() if name.endswith(".json") and name != f"{own}.json"]
+        there = self._storage.list()
+        self.asked = frozenset(name.removesuffix(STOP) for name in there if name.endswith(STOP))
+        names = [name for name in there if name.endswith(".json") and name != f"{own}.json"]
         claims = [self._read(name) for name in names]
         return self._watch.see([claim for claim in claims if claim is not None], began)
 
@@ -76,20 +84,34 @@ class _Desk:
         return written
 
     def remove(self, claim: Claim) -> None:
-        with suppress(FileNotFoundError):
-            self._storage.delete_file(f"{claim.id}.json")
+        for name in (f"{claim.id}.json", *([f"{claim.id}{STOP}"] if claim.id in self.asked else [])):
+            with suppress(FileNotFoundError):
+                self._storage.delete_file(name)
+
+    def ask_to_stop(self, claim: Claim, reason: str) -> None:
+        """Its holder looks with each heartbeat."""
+        write_json(self._storage, f"{claim.id}{STOP}", {"reason": reason, "at": utc_now()})
+
+    def why_to_stop(self, claim: Claim) -> str:
+        """Raises FileNotFoundError where nobody asked."""
+        with suppress(CorruptFile):
+            if request := read_json(self._storage, f"{claim.id}{STOP}"):
+                return str(request.get("reason", ""))
+        raise FileNotFoundError(claim.id)
 
 
 class Lease:
     """A run that this process holds. Methods may be called on any thread."""
 
-    def __init__(self, run: RunDirectory, desk: _Desk, mine: Claim, passed_over: tuple[Claim, ...]) -> None:
+    def __init__(self, run: RunDirectory, desk: Desk, mine: Claim, passed_over: tuple[Claim, ...]) -> None:
         self._run = run
         self._desk = desk
         self._mine = mine
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._when_lost: Callable[[], object] = lambda: None
+        self._when_asked: Callable[[str], object] | None = None
+        self._asked = False
         self.lost_to: Claim | None = None
         self.passed_over = passed_over
         """holds of others that ended without being let go"""
@@ -108,6 +130,12 @@ class Lease:
         if self.lost_to is not None:
             act()
 
+    def when_asked_to_stop(self, act: Callable[[str], object] | None) -> None:
+        """``act`` is called with the reason, on the heartbeat's thread, once somebody asks this holder through the
+        storage to save and stop (`baton stop`). None, as at first: SIGTERM to this process, there being nothing to
+        save."""
+        self._when_asked = act
+
     def keep(self, heartbeat_s: float) -> None:
         """Start the heartbeat."""
         threading.Thread(target=self._keep, args=(heartbeat_s,), daemon=True, name="heartbeat").start()
@@ -119,6 +147,7 @@ class Lease:
                 if self.lost_to is not None:
                     self._when_lost()
                     return
+                self._heed_request()
             except Exception as error:  # who looks on can't reach the storage either, or will take the run over
                 log.warning("the heartbeat failed: %s", error)
 
@@ -127,6 +156,17 @@ class Lease:
         with self._lock:
             if not self._closed.is_set() and not self._look():
                 self._mine = self._desk.put(self._mine)
+
+    def _heed_request(self) -> None:
+        if self._asked or self.id not in self._desk.asked:
+            return
+        reason = self._desk.why_to_stop(self._mine)
+        self._asked = True
+        if self._when_asked is not None:
+            self._when_asked(reason)
+        else:
+            log.warning("%s", reason)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     def check(self) -> None:
         """Called before what only the run's holder may do. Raises RunHeld where it is another's by now."""
@@ -169,7 +209,7 @@ def take(
     Raises RunHeld where another launcher has it.
     """
     timing, world = timing or timing_for(run.storage), world or World()
-    desk = _Desk(run, timing, world)
+    desk = Desk(run, timing, world)
     mine: Claim | None = None
     try:
         seen = desk.look(None)
@@ -210,7 +250,7 @@ def _new_claim(holder: Holder) -> Claim:
     return Claim(uuid.uuid4().hex[:12], State.WANTED, 0, 0, holder, since=now, beat_at=now)
 
 
-def _clear_away(desk: _Desk, seen: list[Seen], over: frozenset[str]) -> tuple[Claim, ...]:
+def _clear_away(desk: Desk, seen: list[Seen], over: frozenset[str]) -> tuple[Claim, ...]:
     """Remove the claims that were passed over, which the new hold's term outdoes. Returns those that were holds."""
     passed = [c for c, life in seen if c.id in over or life == Life.DEAD or c.state == State.RELEASED]
     for claim in passed:
@@ -221,7 +261,7 @@ def _clear_away(desk: _Desk, seen: list[Seen], over: frozenset[str]) -> tuple[Cl
 def _refusal(run: RunDirectory, by: Claim) -> str:
     return (
         f"the run {run.storage.uri} is held by another launcher: {by}. Nothing was started. Wait until it ends, or "
-        f"stop it (SIGTERM to pid {by.holder.pid} on {by.holder.host}"
+        f"stop it (`baton stop`, from anywhere; or SIGTERM to pid {by.holder.pid} on {by.holder.host}"
         f"{f', or `ray job stop {by.holder.job}`' if by.holder.job else ''}: it saves first). If it can't be reached, "
         "the same command with --take-over takes the run from it; what it commits after that is ignored"
     )

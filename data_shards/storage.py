@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import xxhash
 
+from data_shards.credentials import refuse_secret
 from data_shards.errors import BadInput
 from data_shards.fault_points import reach
 from data_shards.hashed_file import BLOCK_BYTES, BlockHasher, FileEntry
@@ -49,12 +50,13 @@ class Storage:
 
     @classmethod
     def at(cls, uri: str | Path, patience: Patience = ONE_MINUTE) -> Storage:
-        """Raises BadInput for a scheme that is not known or a path that is not absolute."""
+        """Raises BadInput for a scheme that is not known, a path that is not absolute, or a secret in the URI."""
         uri = str(uri)
         if "://" not in uri:
             if not os.path.isabs(uri):  # noqa: PTH117 - a string that may also be a URI
                 raise BadInput(f"storage path {uri!r} is relative; by here it must have been resolved")
             return cls(uri, pafs.LocalFileSystem(), uri, patience)
+        refuse_secret(uri, "storage")
         try:
             filesystem, base = pafs.FileSystem.from_uri(uri)
         except (pa.ArrowInvalid, OSError) as error:

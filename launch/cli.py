@@ -22,11 +22,14 @@ VERBS = {
     "prepare": "records to Arrow shards",
     "plan": "memory, disk, steps and batches of a run before it takes a GPU, and whether they fit",
     "finetune": "prepare if needed, train, export if asked; the same command again resumes",
+    "submit": "finetune as a job of a Ray cluster, followed to its end",
     "generate": "the same prompts through the base and the tuned model",
     "evaluate": "perplexity and token accuracy of a checkpoint, the base or an exported model",
     "export": "a checkpoint to Hugging Face files",
     "checkpoints": "list or verify a run's checkpoints",
     "runs": "list the runs under a storage path",
+    "status": "the story of a run: who holds it, where it stands, what became of each attempt, and its goodput",
+    "stop": "ask the launcher that holds a run, on whatever machine, to save and stop",
 }
 
 
@@ -76,6 +79,9 @@ def run_verb(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> 
     except DiskFull as error:  # under torchrun, where no driver decides
         print(f"baton: {error}", file=sys.stderr, flush=True)
         return int(ExitCode.STOPPED)
+    except KeyboardInterrupt:
+        print("baton: interrupted; nothing committed is lost", file=sys.stderr, flush=True)
+        return int(ExitCode.INTERRUPTED)
     except BatonError as error:
         print(f"baton: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
         return int(ExitCode.FAILED)

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.config import ClusterConfig, MetricsConfig
 from data_shards.config import ConfigModel, DataConfig, SourceConfig
+from data_shards.credentials import refuse_secrets
 from data_shards.errors import BadInput
 from trainer.config import TrainerConfig
 
@@ -79,6 +80,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     values = _read_yaml(path)
     for override in overrides:
         _apply_override(values, override)
+    refuse_secrets(values)  # before anything can be printed
     try:
         config = Config.model_validate(values)
     except ValidationError as error:

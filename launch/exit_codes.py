@@ -1,4 +1,4 @@
-"""What the command's exit status says."""
+"""What the command's exit status says. docs/exit-codes.md tells users."""
 
 from __future__ import annotations
 
@@ -16,3 +16,7 @@ class ExitCode(IntEnum):
     """another launcher holds the run, from the start or since it took it over (EX_UNAVAILABLE of sysexits.h)"""
     STOPPED = 75
     """stopped with progress saved; run the same command again (EX_TEMPFAIL of sysexits.h)"""
+    INTERRUPTED = 130
+    """by SIGINT while there was nothing to save; as shells tell it"""
+    TERMINATED = 143
+    """by SIGTERM while there was nothing to save; as shells tell it"""

@@ -91,5 +91,6 @@ def _begin(job: Job, lease: Lease) -> WorkerSpec | None:
     lease.check()
     start = job.run.start_attempt(parent, newest, standing.allowed_changes, term=lease.term, claim=lease.id)
     lease.when_lost(lambda: job.run.request_stop(start.attempt, "another launcher took the run over"))
+    lease.when_asked_to_stop(lambda reason: job.run.request_stop(start.attempt, reason))
     say(f"attempt {start.number} ({start.attempt}) under torchrun, from step {start.start_step}")
     return job.spec(start.attempt, newest)

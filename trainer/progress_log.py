@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch.distributed as dist
 
+from data_shards.errors import BatonError
 from data_shards.storage import Storage
 from trainer.evaluate import EvaluationResult
 from trainer.run_directory import utc_now
 from trainer.step import StepResult
+
+STEPS = "steps"
+"""Folder of an attempt with the records of steps, a file a commit."""
+SO_FAR = "steps-so-far.jsonl"
+"""Beside it, the records that no commit followed yet."""
+SO_FAR_EVERY_S = 15.0
+_SO_FAR_AT_MOST = 2000
+"""Records, the newest: a run that commits once in a hundred thousand steps need not write them all again and again."""
 
 
 def duration(seconds: float) -> str:
@@ -39,7 +50,8 @@ class ProgressLog:
     """On rank 0 prints lines and keeps step records; silent elsewhere.
 
     Records go to ``attempts/<id>/steps/<first>-<last>.jsonl`` just before a checkpoint is committed: an object
-    store has no append, and steps after the last commit will be done again anyway.
+    store has no append. Meanwhile those that wait for that are written aside now and then, behind training, for whoever
+    looks on, and so that of an attempt that is killed it is known what was lost.
     """
 
     def __init__(self, attempt: Storage, num_steps: int, log_every: int, *, enabled: bool) -> None:
@@ -49,6 +61,7 @@ class ProgressLog:
         self._enabled = enabled
         self._records: list[dict[str, Any]] = []
         self._recent: deque[tuple[float, int]] = deque(maxlen=20)  # seconds and tokens of recent steps
+        self._aside: threading.Timer | None = None
 
     def say(self, text: str) -> None:
         if self._enabled:
@@ -63,7 +76,9 @@ class ProgressLog:
         """Args: step: completed ones, this included."""
         self._recent.append((seconds, result.tokens))
         figures = {name: value for name, value in result._asdict().items() if name != "standing"}
-        self._records.append({"step": step, "lr": learning_rate, "seconds": seconds, "time": time.time(), **figures})
+        known = {"step": step, "num_steps": self._num_steps, "lr": learning_rate, "seconds": seconds}
+        self._records.append({**known, "time": time.time(), **figures})
+        self._write_aside_soon()
         if step % self._log_every == 0 or step in (1, self._num_steps):
             spent, tokens = (sum(values) for values in zip(*self._recent, strict=True))
             eta = duration(spent / len(self._recent) * (self._num_steps - step))
@@ -71,6 +86,20 @@ class ProgressLog:
                 f"step {step}/{self._num_steps}  loss {result.loss:.4f}  lr {learning_rate:.2e}  "
                 f"grad norm {result.grad_norm:.3f}  {tokens / max(spent, 1e-9):,.0f} tok/s  ETA {eta}"
             )
+
+    def _write_aside_soon(self) -> None:
+        """By a timer and not by the steps, so that those before a hang are told too."""
+        if not self._enabled or (self._aside and self._aside.is_alive()):
+            return
+        self._aside = threading.Timer(SO_FAR_EVERY_S, self._write_aside)
+        self._aside.daemon = True
+        self._aside.start()
+
+    def _write_aside(self) -> None:
+        records = self._records[-_SO_FAR_AT_MOST:]
+        with suppress(OSError, BatonError):  # for people
+            if records:
+                self._attempt.write(SO_FAR, [_lines(records)])
 
     @property
     def tokens_per_second(self) -> float:
@@ -93,8 +122,13 @@ class ProgressLog:
             records = self._records[:number]
             if self._enabled and records:
                 first, last = records[0]["step"], records[-1]["step"]
-                lines = "".join(json.dumps(record) + "\n" for record in records)
-                self._attempt.write(f"steps/{first:08d}-{last:08d}.jsonl", [lines.encode()])
+                self._attempt.write(f"{STEPS}/{first:08d}-{last:08d}.jsonl", [_lines(records)])
             del self._records[:number]
+            if self._aside:
+                self._aside.cancel()
 
         return flush
+
+
+def _lines(records: Sequence[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

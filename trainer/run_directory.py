@@ -225,8 +225,14 @@ class RunDirectory:
         return chain_to(starts.get(attempt), starts)
 
     def errors_of(self, attempt: str) -> list[WorkerError]:
+        """Without those that are cut off: their writer was killed, and so need not say why."""
         folder = self.attempt(attempt).child("errors")
-        return [WorkerError(**value) for name in folder.list() if (value := read_json(folder, name))]
+        found = []
+        for name in folder.list():
+            with suppress(CorruptFile):
+                if value := read_json(folder, name):
+                    found.append(WorkerError(**value))
+        return found
 
     def write_error(self, attempt: str, error: WorkerError) -> None:
         write_json(self.attempt(attempt), f"errors/rank-{error.rank:05d}.json", asdict(error))

@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,9 +28,12 @@ from cluster.local_processes import free_port
 from launch import finetune
 from launch.quickstart_inputs import make_inputs
 from tests.support.command import ROOT, RunFiles, edited_tree, environment, run_here, slowed_tree
+from tests.support.secrets_search import leaks
 
 BIN = Path(sys.executable).parent
 STEPS, COMMIT_EVERY = 60, 10
+PLANTED = {name: f"planted-{secrets.token_hex(16)}" for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY")}
+"""Secrets in the environment of the cluster, and with it of every driver and worker."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,13 @@ class Cluster:
             assert time.monotonic() < deadline and status == "RUNNING", f"{job} is {status}:\n{self.logs(job)}"
             time.sleep(1)
 
+    def baton(self, verb: str, *arguments: str, tree: Path = ROOT) -> subprocess.CompletedProcess[str]:
+        """A verb of the command, on a machine that sees the cluster's dashboard, its token and the run's storage."""
+        command = [sys.executable, str(tree / "launch" / f"{verb}.py"), *arguments]
+        return subprocess.run(
+            command, cwd=tree, env=self.environment, text=True, capture_output=True, timeout=240, check=False
+        )
+
     def submit(self, *arguments: str, tree: Path = ROOT, wait: bool = True) -> subprocess.CompletedProcess[str]:
         """The README's command line, with what is particular to this test behind it."""
         options = [] if wait else ["--no-wait"]
@@ -103,8 +115,8 @@ def end_session(process: subprocess.Popen[bytes], signum: signal.Signals) -> Non
     process.wait(30)
 
 
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+@contextmanager
+def head_node(num_cpus: int, **extra: str) -> Iterator[Cluster]:
     """A head node of our own, ended by its pid; everything on loopback."""
     port, dashboard, client = free_port(), free_port(), free_port()
     temp = tempfile.mkdtemp(prefix="baton-", dir="/tmp")  # Ray's sockets need a short path
@@ -116,9 +128,11 @@ def cluster() -> Iterator[Cluster]:
         RAY_API_SERVER_ADDRESS=f"http://127.0.0.1:{dashboard}",
         OMP_NUM_THREADS="1",  # Ray would else set it by cpus_per_worker, and sums differ by it
         PATH=f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        **extra,
     )
     command = [
-        *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=4", f"--port={port}", f"--temp-dir={temp}"),
+        *(str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={num_cpus}", f"--port={port}"),
+        f"--temp-dir={temp}",
         *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"),
         *(f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={free_port()}"),  # not another Ray's
     ]
@@ -133,6 +147,12 @@ def cluster() -> Iterator[Cluster]:
     finally:
         end_session(head, signal.SIGKILL)
         shutil.rmtree(temp, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with head_node(num_cpus=4, **PLANTED) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
@@ -242,3 +262,102 @@ def test_job_that_can_not_be_placed_is_refused_in_time(cluster: Cluster, inputs:
 def test_relative_storage_is_refused(cluster: Cluster, inputs: list[str]) -> None:
     done = cluster.submit(*inputs, "run.storage=runs")
     assert done.returncode != 0 and "run.storage='runs' is relative" in done.stdout, done.stdout
+
+
+TINY = ("training.steps=6", "export.at_end=false", "cluster.wait_for_capacity_s=30")
+
+
+@dataclass(frozen=True)
+class Submitted:
+    done: subprocess.CompletedProcess[str]
+    files: RunFiles
+    job: str
+    record: Any
+    """of the Jobs API"""
+    metrics: str
+    """the last scrape"""
+
+
+@contextmanager
+def scraped(port: int) -> Iterator[list[str]]:
+    """What Prometheus gets meanwhile, once a second, whenever somebody answers."""
+    found: list[str] = []
+    ended = threading.Event()
+
+    def scrape() -> None:
+        while not ended.wait(1):
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
+                found.append(answer.read().decode())
+
+    thread = threading.Thread(target=scrape, daemon=True)
+    thread.start()
+    yield found
+    ended.set()
+    thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def submitted(cluster: Cluster, inputs: list[str]) -> Submitted:
+    """`baton submit`, followed to its end."""
+    name, port = "submitted", free_port()
+    mine = [*inputs, *TINY, f"run.name={name}", f"metrics.port={port}"]
+    with scraped(port) as metrics:
+        done = cluster.baton("submit", "--config", "launch/configs/quickstart.yaml", *mine)
+    job = re.search(rf"submitted ({name}-\w+): run {name} in", done.stdout)
+    assert job is not None, done.stdout + done.stderr
+    return Submitted(done, RunFiles(storage_of(inputs) / name), job[1], cluster.ask(job[1]), metrics[-1])
+
+
+def test_submit_follows_a_run_to_its_end(submitted: Submitted, cluster: Cluster) -> None:
+    done = submitted.done
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert submitted.files.result["status"] == "finished" and submitted.files.result["step"] == 6
+    for line in ("step 6/6  loss", "finished: all steps are done"):
+        assert done.stdout.count(line) == 1, done.stdout
+    assert submitted.record["metadata"]["run"] == "submitted" and submitted.record["driver_exit_code"] == 0
+    assert submitted.record["runtime_env"]["env_vars"] == {"RAY_JOB_STOP_WAIT_TIME_S": "1260"}
+
+
+def test_submit_ends_with_the_jobs_exit_code(cluster: Cluster, inputs: list[str]) -> None:
+    wanted = ["run.name=huge-again", "cluster.num_workers=50", "cluster.wait_for_capacity_s=0"]
+    done = cluster.baton("submit", "--config", "launch/configs/quickstart.yaml", *inputs, *wanted)
+    assert done.returncode == 2 and "num_workers=50" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("token", [None, "0" * 64], ids=["none", "wrong"])
+def test_nobody_gets_in_without_the_token(cluster: Cluster, inputs: list[str], token: str | None) -> None:
+    api = f"{cluster.environment['RAY_API_SERVER_ADDRESS']}/api/jobs/"
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(urllib.request.Request(api, headers=headers), timeout=30)
+    assert refused.value.code == (401 if token is None else 403)
+    other = dict(cluster.environment) | ({"RAY_AUTH_TOKEN": token} if token else {"RAY_AUTH_MODE": "disabled"})
+    outsider = Cluster(cluster.gcs, other)
+    done = outsider.baton("submit", "--config", "launch/configs/quickstart.yaml", *inputs)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "the cluster does not take this token, or wants one. Set RAY_AUTH_MODE=token" in done.stderr
+
+
+def test_secrets_of_the_environment_stay_there(submitted: Submitted, cluster: Cluster) -> None:
+    """Not in what the run leaves, not in what it says, not in what the Jobs API tells of it."""
+    secret = {**PLANTED, "RAY_AUTH_TOKEN": cluster.environment["RAY_AUTH_TOKEN"]}
+    assert leaks(submitted.files.path.parent, secret) == []
+    told = "\n".join(
+        [submitted.done.stdout, submitted.done.stderr, json.dumps(cluster.ask("")), cluster.logs(submitted.job)]
+    )
+    assert [name for name, value in secret.items() if value in told] == []
+    assert submitted.job in told and len(list(submitted.files.path.rglob("*"))) > 10, "there was something to search"
+    assert "baton_steps_total" in submitted.metrics
+
+
+def test_a_head_without_resources_drives_a_run(inputs: list[str]) -> None:
+    """As on Kubernetes, where the head has no room for workers: the driver asks for none."""
+    with head_node(num_cpus=0) as cluster, cluster.node(num_cpus=2):
+        name = "headless"
+        done = cluster.baton("submit", "--config", "launch/configs/quickstart.yaml", *inputs, *TINY, f"run.name={name}")
+        assert done.returncode == 0, done.stdout + done.stderr
+        (job,) = [job for job in cluster.ask("") if (job["submission_id"] or "").startswith(name)]
+        nodes = cluster.ray("list", "nodes", "--format=json")
+    assert RunFiles(storage_of(inputs) / name).result["status"] == "finished"
+    heads = [node["node_id"] for node in json.loads(nodes.stdout) if node["is_head_node"]]
+    assert heads == [job["driver_node_id"]], nodes.stdout

@@ -20,10 +20,16 @@ from tests.support.command import ROOT, run
 
 README = (ROOT / "README.md").read_text()
 BAD = ("Traceback", "baton:")
+ELSEWHERE = ("launcher=", "baton stop", "baton submit")
+"""What marks lines of ``baton`` that other tests run."""
 
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def of_others(line: str) -> bool:
+    return any(mark in line for mark in ELSEWHERE)
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,8 @@ def folder(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def test_the_verbs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("baton ")]
-    lines = [line.replace("/shared/runs", str(folder / "runs")) for line in lines if "launcher=" not in line]
-    assert len(lines) == 11
+    lines = [line.replace("/shared/runs", str(folder / "runs")) for line in lines if not of_others(line)]
+    assert len(lines) == 12
     shell = Shell(folder, monkeypatch)
     said = "\n".join(map(shell.run, lines))
     for expected in (
@@ -81,6 +87,7 @@ def test_the_verbs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "plan of my",
         "good  ",
         "W=2",
+        "goodput ",
     ):
         assert expected in said, f"{expected!r} missing in:\n{said}"
 
@@ -97,12 +104,14 @@ def test_the_other_lines_are_run_elsewhere() -> None:
         line
         for block in blocks("bash")
         for line in block.splitlines()
-        if not line.startswith("baton ") or "launcher=" in line
+        if not line.startswith("baton ") or of_others(line)
     ]
     known = (
         r"make (quickstart|test)",
         r"ray job submit --working-dir \. -- python launch/finetune\.py --config my\.yaml",  # test_ray_job.py
         r"baton finetune --config my\.yaml cluster\.launcher=processes +#.*",  # the_verbs
+        r"baton submit --config my\.yaml --address http://head:8265",  # test_ray_job.py
+        r"baton stop +--config my\.yaml +#.*",  # test_operating.py
         r"torchrun --nproc-per-node 8 launch/finetune\.py --config my\.yaml +#.*",  # test_recovery.py
     )
     for line in filter(None, rest):

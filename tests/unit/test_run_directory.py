@@ -292,3 +292,16 @@ def test_init_from_names_the_newest_checkpoint_or_that_of_a_step(tmp_path: Path)
     assert find_init(f"{folder}@5") == f"{folder}/checkpoints/{old}"
     with pytest.raises(BadInput, match=r"run@7': no such checkpoint; committed steps there: 5, 10"):
         find_init(f"{folder}@7")
+
+
+def test_an_error_report_that_is_cut_off_does_not_keep_a_run_from_going_on(tmp_path: Path) -> None:
+    """As an upload leaves it whose process was killed."""
+    run = RunDirectory.at(str(tmp_path))
+    first = run.start_attempt(None, None, ())
+    name = commit(run, first.attempt, 5)
+    second = run.start_attempt(first, checkpoint.read_manifest(run.checkpoints, name), ())
+    run.write_error(second.attempt, WorkerError.of(1, BadInput("whole")))
+    run.attempt(second.attempt).write("errors/rank-00000.json", [b'{"rank": 0, "ty'])
+    assert [error.message for error in run.errors_of(second.attempt)] == ["whole"]
+    newest = newest_usable(run)
+    assert newest is not None and newest.name == name

@@ -1,0 +1,253 @@
+"""Asking the holder of a run to stop, through its storage alone: who is asked, who heeds it, and when."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.attempts import run_attempts
+from cluster.claims import State, Timing
+from cluster.failures import Action
+from cluster.holder import Holder, Life, process, this_process
+from cluster.lease import Lease, World, holding, take
+from cluster.onlooker import Onlooker
+from launch import stop
+from tests.support.command import run_here
+from tests.unit.test_run_directory import commit
+from trainer.run_directory import RunDirectory, write_json
+from trainer.survey import newest_usable
+
+QUICK = Timing(heartbeat_s=0.05, patience_s=0.5, settle_s=0.01)
+ELSEWHERE = replace(this_process(), host="elsewhere", place="another boot")
+
+
+def silent(line: str) -> None:
+    pass
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.at(str(tmp_path))
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(["sleep", "60"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def held(run: RunDirectory, holder: Holder) -> Lease:
+    return take(run, silent, timing=QUICK, world=World(sleep=lambda s: None, me=lambda: holder))
+
+
+def ask(run: RunDirectory, reason: str = "asked to stop by a test") -> None:
+    onlooker = Onlooker(run, QUICK)
+    hold = onlooker.who_holds()
+    assert hold is not None and hold.alive
+    onlooker.ask_to_stop(hold.claim, reason)
+
+
+def test_who_holds_a_run(run: RunDirectory, child: subprocess.Popen[bytes]) -> None:
+    onlooker = Onlooker(run, QUICK)
+    assert onlooker.who_holds() is None
+    mine = held(run, this_process())
+    commit(run, run.start_attempt(None, None, (), term=mine.term, claim=mine.id).attempt, 5)
+    found = onlooker.who_holds()
+    assert found is not None and found.alive and found.claim.id == mine.id
+    mine.release()
+    assert onlooker.who_holds() is None, "let go, and kept for its term"
+    other = held(run, process(child.pid))
+    found = onlooker.who_holds()
+    assert found is not None and found.claim.id == other.id
+    child.kill()
+    child.wait()
+    assert onlooker.who_holds() is None, "its process is gone"
+
+
+def test_one_elsewhere_is_known_by_its_heartbeat(run: RunDirectory) -> None:
+    lease = held(run, ELSEWHERE)
+    found = Onlooker(run, QUICK).who_holds()
+    assert found is not None and not found.alive, "it stands still, for longer than a heartbeat takes"
+    lease.keep(QUICK.heartbeat_s)
+    found = Onlooker(run, QUICK).who_holds()
+    assert found is not None and found.alive
+    lease.release()
+
+
+def test_the_hold_of_one_that_was_superseded_is_none(run: RunDirectory) -> None:
+    commit(run, run.start_attempt(None, None, ()).attempt, 5)
+    held(run, this_process())  # and does not notice
+    later = take(run, silent, take_over=True, timing=QUICK)
+    (claim,) = (run.storage.local_path / "claims").glob("*.json")  # type: ignore[operator]
+    assert later.id == claim.stem
+    later.release()
+    assert Onlooker(run, QUICK).who_holds() is None
+
+
+def test_a_request_is_heeded_once_with_its_reason(run: RunDirectory) -> None:
+    asked: list[str] = []
+    with holding(run, silent, timing=QUICK) as lease:
+        lease.when_asked_to_stop(asked.append)
+        ask(run)
+        until(lambda: bool(asked))
+        time.sleep(5 * QUICK.heartbeat_s)
+    assert asked == ["asked to stop by a test"]
+
+
+def test_a_later_submission_is_not_asked(run: RunDirectory) -> None:
+    commit(run, run.start_attempt(None, None, ()).attempt, 5)
+    asked: list[str] = []
+    with holding(run, silent, timing=QUICK) as first:
+        first.when_asked_to_stop(asked.append)
+        ask(run)
+        until(lambda: bool(asked))
+    with holding(run, silent, timing=QUICK) as second:
+        second.when_asked_to_stop(asked.append)
+        time.sleep(5 * QUICK.heartbeat_s)
+        there = run.storage.list("claims")
+    assert len(asked) == 1
+    assert there == [f"{second.id}.json"], "the request went with the claim that it was for"
+
+
+def test_before_there_is_anything_to_save_it_is_a_sigterm(run: RunDirectory) -> None:
+    """Which ends `prepare` in order, with 143."""
+    with pytest.raises(SystemExit) as ended, holding(run, silent, timing=QUICK):
+        assert signal.getsignal(signal.SIGTERM) != signal.SIG_DFL, "else this would end the tests"
+        ask(run)
+        time.sleep(10)
+    assert ended.value.code == 143
+    assert Onlooker(run, QUICK).who_holds() is None
+
+
+def test_waiting_for_the_end(run: RunDirectory, child: subprocess.Popen[bytes]) -> None:
+    onlooker = Onlooker(run, QUICK)
+    commit(run, run.start_attempt(None, None, ()).attempt, 5)
+    lease = held(run, this_process())
+    claim = onlooker.who_holds().claim  # type: ignore[union-attr]
+    assert onlooker.wait_for_end(claim, 0.1) is None
+    threading.Timer(0.2, lease.release).start()
+    assert onlooker.wait_for_end(claim, 10) == Life.ALIVE
+    held(run, process(child.pid))
+    claim = onlooker.who_holds().claim  # type: ignore[union-attr]
+    threading.Timer(0.2, child.kill).start()
+    assert onlooker.wait_for_end(claim, 10) == Life.DEAD
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@dataclass
+class Workers:
+    """Stands in for a launcher: an attempt lasts until it is asked to stop, or fails at once."""
+
+    run_directory: RunDirectory
+    has_room: bool = True
+    fails: bool = False
+    stopped: list[str] = field(default_factory=list)
+    attempts: int = 0
+
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Any) -> bool:
+        if not self.has_room:
+            until(cancelled)
+        return self.has_room
+
+    def run(self, spec: Any) -> str:
+        self.attempts += 1
+        if self.fails:
+            return "rank 0 exited with 1"
+        until(lambda: self.run_directory.stop_requested(spec))
+        self.stopped.append(json.loads(self.run_directory.attempt(spec).read("stop.json"))["reason"])
+        commit(self.run_directory, spec, 7)
+        write_json(self.run_directory.attempt(spec), "end.json", {"outcome": "stopped"})
+        return ""
+
+
+@pytest.mark.parametrize(
+    ("workers", "step"),
+    [({}, 7), ({"has_room": False}, 0), ({"fails": True}, 0)],
+    ids=["while it trains", "while it waits for room", "between attempts"],
+)
+def test_the_drivers_loop_stops(run: RunDirectory, workers: dict[str, bool], step: int) -> None:
+    launcher = Workers(run, **workers)
+    with holding(run, silent, timing=QUICK) as lease:
+        if launcher.fails:  # it fails at once, then at once again, then waits for a second, and for three
+            threading.Thread(target=lambda: (until(lambda: launcher.attempts == 2), ask(run)), daemon=True).start()
+        else:
+            threading.Timer(0.2, ask, [run]).start()
+        submission = run_attempts(
+            run,
+            launcher,  # type: ignore[arg-type]
+            lambda attempt, resume_from: attempt,  # type: ignore[arg-type, return-value]
+            lease=lease,
+            max_failures_without_progress=100,
+            say=silent,
+        )
+    assert submission.decision.action == Action.STOP_RESUMABLE
+    assert submission.decision.reason == f"stopped on request; step {step} is saved"
+    newest = newest_usable(run, silent)
+    assert (newest.step if newest else 0) == step
+    assert launcher.stopped == (["asked to stop by a test"] if step else [])
+
+
+def test_the_command_refuses_where_nobody_holds_the_run(run: RunDirectory, tmp_path: Path) -> None:
+    write_json(run.storage, "run.json", {})
+    for arguments in ([str(tmp_path)], [tmp_path.name, "--storage", str(tmp_path.parent)]):
+        done = run_here(stop.main, *arguments)
+        assert done.code == 2 and "nothing to stop, nobody holds the run" in done.output
+    done = run_here(stop.main, str(tmp_path / "none"))
+    assert done.code == 2 and "no run there" in done.output
+    assert run_here(stop.main).code == 2
+
+
+@pytest.mark.parametrize(
+    ("result", "code", "said"),
+    [
+        ({"status": "stopped", "step": 7, "reason": "stopped on request; step 7 is saved"}, 0, "stopped at step 7: st"),
+        ({"status": "finished", "step": 9, "reason": "all steps are done"}, 0, "finished at step 9: all steps"),
+        ({"status": "failed", "step": 3, "reason": "NonFiniteStep"}, 1, "failed at step 3: NonFiniteStep"),
+        (None, 0, "stopped; nothing had to be saved"),
+    ],
+)
+def test_the_command_tells_how_it_ended(
+    run: RunDirectory, tmp_path: Path, result: dict[str, Any] | None, code: int, said: str
+) -> None:
+    commit(run, run.start_attempt(None, None, ()).attempt, 5)
+    lease = held(run, this_process())
+
+    def end(reason: str) -> None:
+        assert f"pid {this_process().pid}" in reason and reason.endswith("(baton stop)")
+        if result is not None:
+            write_json(run.storage, "result.json", result)
+        lease.release()
+
+    lease.when_asked_to_stop(end)
+    lease.keep(QUICK.heartbeat_s)
+    done = run_here(stop.main, str(tmp_path))
+    assert done.code == code and said in done.output, done.output
+
+
+def test_the_command_need_not_wait_and_tells_of_a_death(
+    run: RunDirectory, tmp_path: Path, child: subprocess.Popen[bytes]
+) -> None:
+    lease = held(run, process(child.pid))
+    assert run_here(stop.main, str(tmp_path), "--no-wait").code == 0
+    assert run.storage.exists(f"claims/{lease.id}.stop")
+    threading.Timer(0.3, child.kill).start()
+    done = run_here(stop.main, str(tmp_path))
+    assert done.code == 1 and "its launcher died before it could stop" in done.output
+    assert State.HELD.value in (tmp_path / "claims" / f"{lease.id}.json").read_text()
