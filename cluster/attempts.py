@@ -161,7 +161,7 @@ def run_attempts(
             where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
             say(f"attempt {start.number} ({start.attempt}): {where}, {num_workers} workers")
             events = EventLog(run, start.attempt)
-            events.record(EventKind.STARTED, where, number=start.number, step=start.start_step, workers=num_workers)
+            events.record(EventKind.STARTED, where, number=start.number, step=start.start_step, num_workers=num_workers)
             monitor.attempt_started(start.number)
             stop.attempt = start.attempt
             stop.forward()

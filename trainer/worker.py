@@ -116,7 +116,8 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
         reporter,
     )
     if engine.rank == 0:
-        events.record(EventKind.TRAINING, f"from step {progress.step}", step=progress.step, workers=engine.world_size)
+        where, size = f"from step {progress.step}", engine.world_size
+        events.record(EventKind.TRAINING, where, step=progress.step, num_workers=size)
     try:
         outcome = loop.run()
     finally:

@@ -168,8 +168,8 @@ def slowed_tree(folder: Path, seconds: float) -> Path:
     """A copy of the working tree whose steps take so much longer, so that a command or a signal that is meant for the
     middle of a run does not come after its end."""
     tree = _copied_tree(ROOT, folder / "slowed")
-    before = "        self._fetch_ahead(done)\n"
-    _replace(tree / "trainer" / "loop.py", before, f"        time.sleep({seconds})\n{before}")
+    before = "    clock = StepClock(engine.device)\n"
+    _replace(tree / "trainer" / "step.py", before, f"{before}    __import__('time').sleep({seconds})\n")
     return tree
 
 
