@@ -193,7 +193,7 @@ def _counts_until(attempt: AttemptFacts, limit: int | None) -> int:
 
 
 def _by_step(attempt: AttemptFacts) -> dict[int, StepDone]:
-    return {record.step: record for record in attempt.steps if record.step > attempt.start.start_step}
+    return {record.step: record for record in attempt.steps}
 
 
 def _running(facts: Facts, chain: Sequence[AttemptStart]) -> str | None:

@@ -25,7 +25,7 @@ def secret_in(uri: str) -> str | None:
     place, _, options = uri.partition("?")
     if _PASSWORD.match(place):
         return "a password before the @"
-    named = next((name for name, value in parse_qsl(options) if value and _TELLING.search(name)), None)
+    named = next((name for name, _ in parse_qsl(options) if _TELLING.search(name)), None)
     return f"the option {named}" if named else None
 
 

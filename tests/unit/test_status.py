@@ -187,7 +187,13 @@ def test_steps_are_told_before_their_commit(tmp_path: Path, monkeypatch: pytest.
     time.sleep(0.8)
     assert steps_so_far(so_far) == [1, 2], "nothing was left to write"
     log.step(4, result_of_step(), 1e-3, 0.5)
-    time.sleep(0.8)
-    assert steps_so_far(so_far) == [4]
+    time.sleep(0.3)
+    log.flushing()()
+    time.sleep(0.1)
+    log.step(5, result_of_step(), 1e-3, 0.5)
+    time.sleep(0.3)
+    assert steps_so_far(so_far) == [1, 2], "a commit puts it off"
+    time.sleep(0.5)
+    assert steps_so_far(so_far) == [5]
     told = as_json(str(tmp_path))
-    assert told["num_steps"] == 9 and told["story"]["attempts"][0]["to_step"] == 4
+    assert told["num_steps"] == 9 and told["story"]["attempts"][0]["to_step"] == 5

@@ -8,8 +8,10 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +22,7 @@ from cluster.failures import Action
 from cluster.holder import Holder, Life, process, this_process
 from cluster.lease import Lease, World, holding, take
 from cluster.onlooker import Onlooker
-from launch import stop
+from launch import finetune, stop
 from tests.support.command import run_here
 from tests.unit.test_run_directory import commit
 from trainer.run_directory import RunDirectory, write_json
@@ -202,6 +204,34 @@ def test_the_drivers_loop_stops(run: RunDirectory, workers: dict[str, bool], ste
     newest = newest_usable(run, silent)
     assert (newest.step if newest else 0) == step
     assert launcher.stopped == (["asked to stop by a test"] if step else [])
+
+
+def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the last attempt nobody is there any more who would ask workers to stop."""
+
+    @contextmanager
+    def launching(config: Any) -> Iterator[Any]:
+        yield SimpleNamespace(check_capacity=lambda: None)
+
+    def train(job: Any, launcher: Any, lease: Lease) -> Action:
+        lease.when_asked_to_stop(lambda reason: None)
+        return Action.FINISH
+
+    def export(job: Any) -> None:
+        ask(run)
+        time.sleep(10)
+
+    for name, stand_in in (
+        ("launching", launching),
+        ("make_job", lambda config, say: None),
+        ("describe", lambda job: None),
+        ("train", train),
+        ("export_if_asked", export),
+    ):
+        monkeypatch.setattr(finetune, name, stand_in)
+    with pytest.raises(SystemExit) as ended, holding(run, silent, timing=QUICK) as lease:
+        finetune.carry_on(SimpleNamespace(cluster=None), lease)  # type: ignore[arg-type]
+    assert ended.value.code == 143
 
 
 def test_the_command_refuses_where_nobody_holds_the_run(run: RunDirectory, tmp_path: Path) -> None:

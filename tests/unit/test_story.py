@@ -79,6 +79,15 @@ def test_killed_and_gone_on_with() -> None:
     assert totals.elapsed_s == 214.0 and totals.other_s == pytest.approx(20.0)
 
 
+def test_waiting_for_the_next_attempt_is_not_idle() -> None:
+    played = Played()
+    played.attempt(0, 20, ended=1050.0, outcome="failed")
+    played.clock += 100.0
+    played.attempt(20, 20, ended=1200.0, outcome="finished")
+    totals = tell(played.facts(40)).totals
+    assert (totals.idle_s, totals.kept_s, totals.other_s) == (0.0, 80.0, 120.0)
+
+
 def test_steps_without_records_are_known_by_what_was_committed_or_told() -> None:
     """A killed worker's last records may not have been written."""
     played = Played()
