@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, decide_without_room, root_cause
@@ -87,6 +87,8 @@ class _StopRequest:
         self._say(f"{request.reason}: asking the workers to save")
         if request.kind == StopKind.STOP:
             self.wanted, self._reason, self._deadline = True, request.reason, request.deadline
+        elif self.wanted:  # the run does not go on after it
+            request = replace(request, kind=StopKind.STOP)
         if self.attempt is not None:
             self._pass_on(self.attempt, request)
 

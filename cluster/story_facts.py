@@ -119,7 +119,7 @@ class _Attempt:
             outcome=self._outcome(),
             reason=self._reason(),
             committed_step=max(filter(None, [committed, self._end.get("progress", {}).get("step")]), default=None),
-            num_workers=counted[-1] if counted else num_workers,
+            num_workers=counted[-1] if counted else self.start.num_workers or num_workers,
         )
 
     def _outcome(self) -> str | None:
