@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from trainer.hang import Hang
 from trainer.run_directory import WorkerError
 
 
@@ -44,12 +45,19 @@ class Decision:
 
 
 def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
-    """The error that explains the rest: one raised on purpose before the collective errors that it caused elsewhere."""
-    return min(
-        errors,
-        key=lambda e: (not e.bad_input, e.retryable, not e.disk_full, e.checkpoint is None, not e.corrupt, e.rank),
-        default=None,
-    )
+    """The error that explains the rest: one raised on purpose before the collective errors that it caused elsewhere, a
+    hang that names ranks before one that does not; and before it, what those ranks themselves left."""
+
+    def order(e: WorkerError) -> tuple[object, ...]:
+        is_hang = e.type == Hang.__name__
+        special = (not e.disk_full, e.checkpoint is None, not e.corrupt, not e.suspects, not is_hang)
+        return (not e.bad_input, e.retryable, *special, e.rank)
+
+    first = min(errors, key=order, default=None)
+    if first is not None and first.suspects:
+        theirs = [e for e in errors if e.rank in first.suspects and e.type != Hang.__name__]
+        return root_cause(theirs) or first
+    return first
 
 
 def _cause(end: AttemptEnd) -> str:

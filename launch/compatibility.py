@@ -14,6 +14,7 @@ FREE = (
     "cluster",
     "metrics",
     "checkpoint",
+    "watchdog",
     "evaluation",
     "export",
     "resume",

@@ -110,6 +110,19 @@ class EvaluationConfig(ConfigModel):
     micro_batch: int = Field(4, ge=1, description="Packs per worker per forward while evaluating.")
 
 
+class WatchdogConfig(ConfigModel):
+    """Ends an attempt whose workers hang, so that it is begun again; docs/failures.md."""
+
+    enabled: bool = True
+    factor: float = Field(
+        10, ge=2, description="A worker hangs once it has gone without progress for this many usual steps …"
+    )
+    at_least_s: float = Field(300, gt=0, description="… and for so many seconds.")
+    first_step_s: float = Field(
+        3600, gt=0, description="Seconds from a worker's start, through loading, to the end of its first step."
+    )
+
+
 class FastTierConfig(ConfigModel):
     """Checkpoints on the nodes' own disks, beside those under run.storage and more often."""
 
@@ -170,6 +183,7 @@ class TrainerConfig(ConfigModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     zero: ZeroConfig = ZeroConfig()
     seed: int = Field(0, ge=0, lt=2**32, description="Of row order, random weights, adapters and dropout.")
 

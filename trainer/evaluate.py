@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -42,14 +43,21 @@ class EvaluationResult(NamedTuple):
         return self.correct_tokens / max(1, self.trained_tokens)
 
 
-def evaluate(engine: Scorer, source: PackSource, micro_batch_size: int) -> EvaluationResult:
-    """Every row once, split over the ranks like a step's. Collective."""
+def evaluate(
+    engine: Scorer, source: PackSource, micro_batch_size: int, beat: Callable[[], object] = lambda: None
+) -> EvaluationResult:
+    """Every row once, split over the ranks like a step's. Collective.
+
+    Args:
+        beat: called before each micro batch.
+    """
     parts = rank_micro_batches(
         source.num_rows, rank=engine.rank, world_size=engine.world_size, micro_batch_size=micro_batch_size
     )
     # sum of losses, tokens predicted right, trained tokens
     total = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for start, stop in parts:
+        beat()
         batch = collate(source.packs(np.arange(start, stop)))
         total[:2] += engine.evaluate_micro_batch(batch)
         total[2] += batch.num_trained

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 
 from data_shards.order.sampler import Sampler
 from data_shards.reading.shard_reader import SplitReader
@@ -16,6 +17,7 @@ from trainer.engine import ZeroEngine
 from trainer.evaluate import evaluate
 from trainer.metrics import Reporter, StepFigures
 from trainer.progress_log import ProgressLog
+from trainer.pulse import Phase, Pulse
 from trainer.schedule import learning_rate
 from trainer.step import PackSource, StepResult, train_step
 
@@ -42,6 +44,7 @@ class Loop:
     stop_wanted: Callable[[], bool]
     log: ProgressLog
     reporter: Reporter
+    pulse: Pulse = field(default_factory=Pulse)
     _asked_until: int = field(default=0, init=False)
     """step up to which rows were asked for"""
 
@@ -59,6 +62,7 @@ class Loop:
                 self._evaluate()
             if step < num_steps and not stop:
                 self._add({"checkpoint": self.checkpointing.save_if_due(self.progress, standing)})
+        self.pulse.beat(Phase.ENDING)
         self._add({"checkpoint": self.checkpointing.save_at_end(self.progress)})
         if self.progress.step < num_steps:
             self.log.say(f"stopped on request after step {self.progress.step}; progress is saved")
@@ -72,6 +76,7 @@ class Loop:
     def _step(self) -> StepResult:
         """One optimizer step."""
         done = self.progress.step
+        self.pulse.begin_step(done + 1)
         self._fetch_ahead(done)
         rate = learning_rate(self.config.optimizer, done, self.sampler.num_steps)
         timer = _Timer()
@@ -84,7 +89,9 @@ class Loop:
             micro_batch_size=self.config.training.micro_batch,
             learning_rate=rate,
             standing=self.checkpointing.standing()._replace(stop_requested=self.stop_wanted()),
+            enter=self.pulse.enter,
         )
+        self.pulse.end_step()
         seconds = timer.stop() - result.seconds_by_part["checkpoint"]
         self.progress = replace(
             self.progress,
@@ -109,7 +116,8 @@ class Loop:
         if self.validation is None:
             return
         timer = _Timer()
-        result = evaluate(self.engine, self.validation, self.config.evaluation.micro_batch)
+        beat = partial(self.pulse.beat, Phase.EVALUATION)
+        result = evaluate(self.engine, self.validation, self.config.evaluation.micro_batch, beat)
         self._add({"evaluation": timer.stop()})
         first = self.progress.first_eval_loss
         self.progress = replace(

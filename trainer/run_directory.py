@@ -81,9 +81,15 @@ class WorkerError:
     corrupt: bool = False
     """it did not read back as written"""
     traceback: str = ""
+    step: int | None = None
+    """the one that it was about; None before the first"""
+    suspects: tuple[int, ...] = ()
+    """ranks that held the others up, where the error is about that"""
 
     @classmethod
-    def of(cls, rank: int, error: BaseException) -> WorkerError:
+    def of(
+        cls, rank: int, error: BaseException, *, step: int | None = None, suspects: tuple[int, ...] = ()
+    ) -> WorkerError:
         return cls(
             rank=rank,
             type=type(error).__name__,
@@ -94,6 +100,8 @@ class WorkerError:
             checkpoint=error.checkpoint if isinstance(error, CheckpointUnusable) else None,
             corrupt=isinstance(error, CheckpointCorrupt),
             traceback="".join(traceback.format_exception(error)),
+            step=step,
+            suspects=suspects,
         )
 
 
@@ -197,7 +205,8 @@ class RunDirectory:
 
     def errors_of(self, attempt: str) -> list[WorkerError]:
         folder = self.attempt(attempt).child("errors")
-        return [WorkerError(**value) for name in folder.list() if (value := read_json(folder, name))]
+        found = (value for name in folder.list() if (value := read_json(folder, name)))
+        return [WorkerError(**value | {"suspects": tuple(value.get("suspects", ()))}) for value in found]
 
     def write_error(self, attempt: str, error: WorkerError) -> None:
         write_json(self.attempt(attempt), f"errors/rank-{error.rank:05d}.json", asdict(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from trainer.batch import collate
 from trainer.batch_geometry import rank_micro_batches
 from trainer.engine import ZeroEngine
 from trainer.errors import NonFiniteStep, StepInvariantBroken
+from trainer.pulse import Phase
 from trainer.step_clock import StepClock
 
 
@@ -91,12 +92,14 @@ def train_step(
     micro_batch_size: int,
     learning_rate: float,
     standing: Standing = QUIET,
+    enter: Callable[[Phase], object] = lambda phase: None,
 ) -> StepResult:
     """Train on ``rows`` (int64 [B], the global batch; every rank passes the same) and update once.
 
     Args:
         step: completed steps before this one.
         standing: this rank's; what is so on any rank is so in the result.
+        enter: told what begins.
 
     Raises:
         StepInvariantBroken: the ranks together did not train on just these rows and tokens.
@@ -111,17 +114,22 @@ def train_step(
     seen = np.zeros(4)  # rows, tokens, trained tokens, digest
     for index, (start, stop) in enumerate(parts):
         row_ids = rows[start:stop]
+        enter(Phase.DATA)
         batch = collate(source.packs(row_ids))
         clock.mark("data")
+        enter(Phase.FORWARD_BACKWARD)
         reseed(seed, step, row_ids)
         loss_sum += engine.train_micro_batch(batch, max(1, global_trained), is_last=index == len(parts) - 1).double()
         if len(row_ids):
             seen += [len(row_ids), batch.input_ids.numel(), batch.num_trained, sum(map(row_digest, row_ids))]
         clock.mark("forward_backward")
+    enter(Phase.CHECKPOINT)
     engine.await_readers()
     clock.mark("checkpoint")
+    enter(Phase.UPDATE)
     grad_norm = engine.apply_step(learning_rate)
     clock.mark("optimizer")
+    enter(Phase.AGREEMENT)
     # Counts and 32-bit digests are exact in float64, so one small all-reduce carries everything.
     agreed = torch.cat([loss_sum[None], torch.tensor([*seen, *standing], dtype=torch.float64, device=engine.device)])
     torch.distributed.all_reduce(agreed)

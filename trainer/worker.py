@@ -31,11 +31,13 @@ from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
 from trainer.process_group import leave_process_group, start_process_group
 from trainer.progress_log import ProgressLog
+from trainer.pulse import Pulse
 from trainer.resume import find_resumed, restore
 from trainer.room import EndlessRoom
 from trainer.run_directory import RunDirectory, WorkerError, utc_now, write_json
 from trainer.shared_storage import check_shared
 from trainer.stop_signal import StopSignal
+from trainer.watchdog import open_watch
 
 
 def total_rows(training: TrainingConfig, num_rows: int) -> int:
@@ -73,7 +75,7 @@ def _open_data(spec: WorkerSpec) -> _Data:
     return _Data(source, SplitReader(dataset, manifest, VALIDATION) if held_out and held_out.rows else None, sampler)
 
 
-def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
+def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     """Build everything for this rank and run the loop to its end."""
     config: TrainerConfig = spec.trainer
     run = RunDirectory.at(spec.run_uri)
@@ -112,6 +114,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
         lambda: stop.requested,
         log,
         reporter,
+        pulse,
     )
     try:
         outcome = loop.run()
@@ -130,16 +133,24 @@ def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
     """What the spec asks for, in a process group, leaving an error report in the attempt's folder if it fails."""
     rank = int(os.environ.get("RANK", "0"))
     print(f"{utc_now()} worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}", flush=True)
+    run, pulse = RunDirectory.at(spec.run_uri), Pulse()
+    config = spec.trainer
+    watch = open_watch(
+        config.watchdog, run, spec.attempt, pulse, rank=rank, commit_timeout_s=config.checkpoint.commit_timeout_s
+    )
     try:
         start_process_group(spec.collective_timeout_s)
         if spec.evaluation is not None:
-            evaluate_model(spec)
+            evaluate_model(spec, pulse)
             outcome = Outcome.FINISHED
         else:
-            outcome = train(spec, metrics or NoMetrics())
+            outcome = train(spec, metrics or NoMetrics(), pulse)
         leave_process_group()
         return outcome
     except Exception as error:
+        watch.close()
         with suppress(OSError):  # a full disk must not hide what really went wrong
-            RunDirectory.at(spec.run_uri).write_error(spec.attempt, WorkerError.of(rank, error))
+            run.write_error(spec.attempt, WorkerError.of(rank, error, step=pulse.step or None))
         raise
+    finally:
+        watch.close()

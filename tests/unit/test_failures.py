@@ -7,6 +7,7 @@ import pickle
 from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, root_cause
 from cluster.ray_train import bundles_that_fit
 from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach, DiskFull, NonFiniteStep, SaveFailed
+from trainer.hang import Hang
 from trainer.model import ModelError
 from trainer.run_directory import WorkerError
 
@@ -97,6 +98,16 @@ def test_root_cause_is_a_full_disk_rather_than_what_it_caused_elsewhere() -> Non
     assert root_cause([*collateral, full]) == root_cause([full, *collateral]) == root_cause([corrupt, full]) == full
     fatal = WorkerError.of(4, NonFiniteStep("nan"))
     assert root_cause([*collateral, full, fatal]) == fatal, "with room it would not go on either"
+
+
+def test_root_cause_is_the_hang_that_names_ranks_or_what_those_left() -> None:
+    collateral = WorkerError.of(0, RuntimeError("gloo: connection closed by peer"))
+    unsure, sure = WorkerError.of(1, Hang("?")), WorkerError.of(3, Hang("rank 2"), step=8, suspects=(2,))
+    assert root_cause([collateral, unsure, sure]) == root_cause([sure, unsure, collateral]) == sure
+    assert root_cause([collateral, unsure]) == unsure
+    theirs = WorkerError.of(2, OSError("the disk is gone"))
+    assert root_cause([collateral, unsure, sure, theirs]) == theirs
+    assert action(AttemptEnd(EndKind.FAILED, 5, 5, sure)) == Action.RETRY
 
 
 def test_errors_pickle_across_processes() -> None:
