@@ -43,6 +43,7 @@ COUNTERS = {
     "baton_trained_tokens": "Tokens that a loss was taken on, repeats included",
     "baton_restarts": "Attempts after the run's first, whether after a failure or by a new command",
     "baton_lost_steps": "Steps that were executed after the last commit and had to be done again",
+    "baton_skipped_steps": "Steps whose update was left out, because loss or gradients were inf or NaN",
     "baton_checkpoints": "Checkpoints committed",
     "baton_checkpoint_bytes": "Bytes of committed checkpoints, over all ranks",
     "baton_checkpoint_seconds": "Seconds for which training stood still for checkpoints",
@@ -173,6 +174,7 @@ class RunMetrics:
             ("baton_rows", now.rows_consumed - was.rows_consumed),
             ("baton_tokens", now.tokens - was.tokens),
             ("baton_trained_tokens", now.trained_tokens - was.trained_tokens),
+            ("baton_skipped_steps", now.skipped_steps - was.skipped_steps),
         ):
             figures.counters[name] += max(0, increment)
         for part, seconds in now.seconds.items():

@@ -87,6 +87,12 @@ class OptimizerConfig(ConfigModel):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at lr times this.")
 
 
+class OnNonFinite(StrEnum):
+    STOP = "stop"
+    SKIP = "skip"
+    ROLLBACK = "rollback"
+
+
 class TrainingConfig(ConfigModel):
     method: Method = Method.FULL
     lora: LoraConfig = LoraConfig()
@@ -96,6 +102,12 @@ class TrainingConfig(ConfigModel):
     epochs: float | None = Field(None, gt=0, description="Passes over the packs. Give this or steps.")
     log_every: int = Field(1, ge=1, description="Steps between progress lines.")
     deterministic: bool = Field(False, description="Bit-equal runs on GPU, at some cost.")
+    on_nonfinite: OnNonFinite = Field(
+        OnNonFinite.STOP,
+        description="When loss or gradients are inf or NaN: stop; skip the update; or rollback to the last checkpoint, "
+        "and stop if the same step is so again.",
+    )
+    max_skipped_in_a_row: int = Field(10, ge=1, description="Of on_nonfinite=skip; one more stops the run.")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:

@@ -15,7 +15,9 @@ from trainer.checkpointing import Checkpointing
 from trainer.config import TrainerConfig
 from trainer.engine import ZeroEngine
 from trainer.evaluate import evaluate
+from trainer.events import EventLog
 from trainer.metrics import Reporter, StepFigures
+from trainer.nonfinite import after_step
 from trainer.progress_log import ProgressLog
 from trainer.pulse import Phase, Pulse
 from trainer.schedule import learning_rate
@@ -45,6 +47,8 @@ class Loop:
     log: ProgressLog
     reporter: Reporter
     pulse: Pulse = field(default_factory=Pulse)
+    events: EventLog | None = None
+    """of rank 0"""
     _asked_until: int = field(default=0, init=False)
     """step up to which rows were asked for"""
 
@@ -99,10 +103,11 @@ class Loop:
             rows_consumed=self.progress.rows_consumed + result.rows,
             tokens=self.progress.tokens + result.tokens,
             trained_tokens=self.progress.trained_tokens + result.trained_tokens,
-            last_loss=result.loss,
+            last_loss=result.loss if result.applied else self.progress.last_loss,
         )
         self._add(result.seconds_by_part)
         self.log.step(done + 1, result, rate, seconds)
+        self.progress = after_step(self.progress, result, self.config.training, self.log, self.events)
         self.reporter.stepped(self.progress, StepFigures(rate, result.grad_norm, self.log.tokens_per_second))
         return result
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -15,6 +16,14 @@ from data_shards.storage import Storage
 from trainer.evaluate import EvaluationResult
 from trainer.run_directory import utc_now
 from trainer.step import StepResult
+
+_NOT_RECORDED = ("standing", "applied", "nonfinite_rows")
+"""the last two only where a step went wrong"""
+
+
+def _for_json(value: Any) -> Any:
+    """JSON has no inf and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def duration(seconds: float) -> str:
@@ -62,7 +71,9 @@ class ProgressLog:
     def step(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
         """Args: step: completed ones, this included."""
         self._recent.append((seconds, result.tokens))
-        figures = {name: value for name, value in result._asdict().items() if name != "standing"}
+        figures = {name: _for_json(value) for name, value in result._asdict().items() if name not in _NOT_RECORDED}
+        if not result.applied:
+            figures |= {"applied": False, "nonfinite_rows": result.nonfinite_rows}
         self._records.append({"step": step, "lr": learning_rate, "seconds": seconds, "time": time.time(), **figures})
         if step % self._log_every == 0 or step in (1, self._num_steps):
             spent, tokens = (sum(values) for values in zip(*self._recent, strict=True))

@@ -85,6 +85,8 @@ class WorkerError:
     """the one that it was about; None before the first"""
     suspects: tuple[int, ...] = ()
     """ranks that held the others up, where the error is about that"""
+    recurs: bool = False
+    """the same step gives it again, unless it was a machine's fault: one more attempt tells"""
 
     @classmethod
     def of(
@@ -102,6 +104,7 @@ class WorkerError:
             traceback="".join(traceback.format_exception(error)),
             step=step,
             suspects=suspects,
+            recurs=getattr(error, "recurs", False),
         )
 
 

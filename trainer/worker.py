@@ -26,6 +26,7 @@ from trainer.deepspeed_config import deepspeed_config
 from trainer.deterministic import make_deterministic
 from trainer.engine import ZeroEngine, build_optimizer
 from trainer.evaluation_worker import evaluate_model
+from trainer.events import EventLog
 from trainer.loop import Loop, Outcome
 from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
@@ -115,6 +116,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
         log,
         reporter,
         pulse,
+        EventLog(run, spec.attempt, 0) if engine.rank == 0 else None,
     )
     try:
         outcome = loop.run()

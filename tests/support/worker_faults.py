@@ -32,12 +32,15 @@ class Fault(StrEnum):
     """a thread that never lets go of the interpreter's lock"""
     NEVER_JOINS = "never_joins"
     """sleeps where the others are in a collective"""
+    NAN = "nan"
+    """the loss of a step is NaN; ``rank`` None: on all ranks; ``always``: also when it is done again, and so for all
+    steps before ``until``"""
     SLOW_EVALUATION = "slow_evaluation"
     """half a second for each micro batch of evaluations, on all ranks; no fault"""
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch, fault: Fault, mark: Path, *, rank: int = 1, step: int = 4, **options: Any
+    monkeypatch: pytest.MonkeyPatch, fault: Fault, mark: Path, *, rank: int | None = 1, step: int = 4, **options: Any
 ) -> None:
     """Args: mark: file that is made when the fault fires; where it is there, it does not fire again."""
     value = {"fault": fault, "rank": rank, "step": step, "mark": str(mark), **options}
@@ -96,6 +99,24 @@ def _never_joins() -> None:
     time.sleep(_FOR_EVER_S)
 
 
+def _nan(wanted: dict[str, Any]) -> None:
+    """Each firing adds a byte to the mark."""
+    from trainer import engine
+
+    honest, mark = engine.token_loss_sum, Path(wanted["mark"])
+
+    def spoil() -> None:
+        engine.token_loss_sum = honest if mark.exists() and not wanted.get("always") else spoiled
+
+    def spoiled(*arguments: Any) -> Any:
+        with mark.open("a") as file:
+            file.write(".")
+        return honest(*arguments) * float("nan")
+
+    before_step(wanted["step"], spoil)
+    before_step(wanted.get("until", wanted["step"] + 1), lambda: setattr(engine, "token_loss_sum", honest))
+
+
 def _slow_evaluation(wanted: dict[str, Any]) -> None:
     from trainer.engine import ZeroEngine
 
@@ -114,5 +135,6 @@ _FAULTS = {
     Fault.STOPPED: _once(_stop),
     Fault.HOLDS_INTERPRETER: _once(_begin_holding_the_interpreter),
     Fault.NEVER_JOINS: _once(_never_joins),
+    Fault.NAN: _nan,
     Fault.SLOW_EVALUATION: _slow_evaluation,
 }
