@@ -55,7 +55,7 @@ def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
 
     def order(e: WorkerError) -> tuple[object, ...]:
         is_hang = e.type == Hang.__name__
-        special = (not e.disk_full, e.checkpoint is None, not e.corrupt, not e.suspects, not is_hang)
+        special = (not e.disk_full, e.checkpoint is None, not e.corrupt, not e.recurs, not e.suspects, not is_hang)
         return (not e.bad_input, e.retryable, *special, e.rank)
 
     first = min(errors, key=order, default=None)

@@ -20,6 +20,7 @@ from cluster.config import ClusterConfig, MetricsConfig
 from cluster.run_monitor import Monitor, NoMonitor
 from data_shards.errors import BadInput
 from data_shards.processes import end_with_parent
+from trainer import oom_kills
 from trainer.config import WorkerSpec
 from trainer.run_directory import RunDirectory, Say
 
@@ -81,7 +82,9 @@ class LocalProcesses:
             context.Process(target=_worker, args=(spec.model_dump(mode="json"), _of_rank(environment, rank)))
             for rank in range(self._config.num_workers)
         ]
-        return _run(workers)
+        kills_before = oom_kills.count()
+        lost = _run(workers)
+        return "; ".join(filter(None, [lost, oom_kills.told(kills_before)])) if lost else ""
 
     def _environment(self) -> dict[str, str]:
         """What all ranks are told: their server may be older than what was set here since."""

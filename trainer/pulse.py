@@ -35,6 +35,8 @@ class Pulse:
         """when there last was progress"""
         self.step_seconds: deque[float] = deque(maxlen=_STEPS_KEPT)
         """of the attempt's last steps"""
+        self.num_steps = 0
+        """that this attempt has done"""
         self._began_at = self.beat_at
 
     def enter(self, phase: Phase) -> None:
@@ -55,3 +57,4 @@ class Pulse:
     def end_step(self) -> None:
         self.beat(Phase.BETWEEN)
         self.step_seconds.append(self.beat_at - self._began_at)
+        self.num_steps += 1

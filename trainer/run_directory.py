@@ -95,7 +95,7 @@ class WorkerError:
         return cls(
             rank=rank,
             type=type(error).__name__,
-            message=str(error),
+            message="; ".join([str(error), *getattr(error, "__notes__", ())]),
             retryable=error.retryable if isinstance(error, BatonError) else True,
             bad_input=isinstance(error, BadInput),
             disk_full=isinstance(error, DiskFull),

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from data_shards.errors import BatonError
 from data_shards.order.sampler import Sampler
 from data_shards.prepare import TRAIN, VALIDATION
 from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
+from trainer import oom_kills
 from trainer.attempt_saves import cadence_of, draft, open_fast_tier, open_saver, watched_room
 from trainer.checkpoint_manifest import Progress
 from trainer.checkpointing import Checkpointing
@@ -30,6 +32,7 @@ from trainer.events import EventLog
 from trainer.loop import Loop, Outcome
 from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
+from trainer.out_of_memory import named
 from trainer.process_group import leave_process_group, start_process_group
 from trainer.progress_log import ProgressLog
 from trainer.pulse import Pulse
@@ -135,6 +138,7 @@ def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
     """What the spec asks for, in a process group, leaving an error report in the attempt's folder if it fails."""
     rank = int(os.environ.get("RANK", "0"))
     print(f"{utc_now()} worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}", flush=True)
+    kills_before = oom_kills.count()
     run, pulse = RunDirectory.at(spec.run_uri), Pulse()
     config = spec.trainer
     watch = open_watch(
@@ -149,10 +153,16 @@ def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
             outcome = train(spec, metrics or NoMetrics(), pulse)
         leave_process_group()
         return outcome
-    except Exception as error:
+    except Exception as raised:
         watch.close()
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        error = named(raised, spec, pulse, rank=rank, world_size=world_size)
+        if not isinstance(error, BatonError) and (kills := oom_kills.told(kills_before)):
+            error.add_note(kills)
         with suppress(OSError):  # a full disk must not hide what really went wrong
             run.write_error(spec.attempt, WorkerError.of(rank, error, step=pulse.step or None))
-        raise
+        if error is raised:
+            raise
+        raise error from raised
     finally:
         watch.close()

@@ -35,6 +35,8 @@ class Fault(StrEnum):
     NAN = "nan"
     """the loss of a step is NaN; ``rank`` None: on all ranks; ``always``: also when it is done again, and so for all
     steps before ``until``"""
+    NO_MEMORY = "no_memory"
+    """a tensor larger than any machine, asked of the real allocator"""
     SLOW_EVALUATION = "slow_evaluation"
     """half a second for each micro batch of evaluations, on all ranks; no fault"""
 
@@ -99,6 +101,12 @@ def _never_joins() -> None:
     time.sleep(_FOR_EVER_S)
 
 
+def _no_memory() -> None:
+    import torch
+
+    torch.empty(2**60, dtype=torch.uint8)
+
+
 def _nan(wanted: dict[str, Any]) -> None:
     """Each firing adds a byte to the mark."""
     from trainer import engine
@@ -135,6 +143,7 @@ _FAULTS = {
     Fault.STOPPED: _once(_stop),
     Fault.HOLDS_INTERPRETER: _once(_begin_holding_the_interpreter),
     Fault.NEVER_JOINS: _once(_never_joins),
+    Fault.NO_MEMORY: _once(_no_memory),
     Fault.NAN: _nan,
     Fault.SLOW_EVALUATION: _slow_evaluation,
 }

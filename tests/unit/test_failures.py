@@ -21,6 +21,7 @@ from trainer.errors import (
 )
 from trainer.hang import Hang
 from trainer.model import ModelError
+from trainer.out_of_memory import OutOfMemoryLate
 from trainer.run_directory import WorkerError
 
 
@@ -120,6 +121,8 @@ def test_root_cause_is_the_hang_that_names_ranks_or_what_those_left() -> None:
     theirs = WorkerError.of(2, OSError("the disk is gone"))
     assert root_cause([collateral, unsure, sure, theirs]) == theirs
     assert action(AttemptEnd(EndKind.FAILED, 5, 5, sure)) == Action.RETRY
+    late = WorkerError.of(3, OutOfMemoryLate("rank 3 ran out of memory"), step=8)
+    assert root_cause([collateral, late]) == late
 
 
 def test_errors_pickle_across_processes() -> None:
