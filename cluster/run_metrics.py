@@ -61,6 +61,7 @@ GAUGES = {
     "baton_checkpoint_step": "Step of the newest commit",
     "baton_last_checkpoint_bytes": "Bytes of the newest commit, over all ranks",
     "baton_last_checkpoint_seconds": "Seconds for which training stood still for the newest commit",
+    "baton_slowest_rank_ratio": "Time of the slowest rank for a fixed piece of computing, to the median rank's",
     "baton_world_size": "Workers of the running attempt",
 }
 
@@ -204,6 +205,7 @@ def _gauges(report: Report) -> dict[str, float]:
         known["baton_learning_rate"] = step.learning_rate
         known["baton_grad_norm"] = step.grad_norm
         known["baton_tokens_per_second"] = step.tokens_per_second
+        known["baton_slowest_rank_ratio"] = step.slowest_rank_ratio
     if commit := report.last_commit:
         known["baton_checkpoint_step"] = commit.step
         known["baton_checkpoint_timestamp_seconds"] = commit.committed_at

@@ -123,7 +123,7 @@ class EvaluationConfig(ConfigModel):
 
 
 class WatchdogConfig(ConfigModel):
-    """Ends an attempt whose workers hang, so that it is begun again; docs/failures.md."""
+    """Ends an attempt whose workers hang, so that it is begun again, and names slow workers; docs/failures.md."""
 
     enabled: bool = True
     factor: float = Field(
@@ -133,6 +133,11 @@ class WatchdogConfig(ConfigModel):
     first_step_s: float = Field(
         3600, gt=0, description="Seconds from a worker's start, through loading, to the end of its first step."
     )
+    probe_every_steps: int | None = Field(
+        50, ge=1, description="Steps between looks at how fast each worker is; null: never."
+    )
+    slow_ratio: float = Field(1.5, gt=1, description="A worker is slow that takes this many times the median …")
+    slow_looks: int = Field(3, ge=1, description="… at so many looks in a row.")
 
 
 class FastTierConfig(ConfigModel):

@@ -22,6 +22,7 @@ from trainer.progress_log import ProgressLog
 from trainer.pulse import Phase, Pulse
 from trainer.schedule import learning_rate
 from trainer.step import PackSource, StepResult, train_step
+from trainer.stragglers import Stragglers
 
 _STEPS_AHEAD = 4
 
@@ -49,6 +50,7 @@ class Loop:
     pulse: Pulse = field(default_factory=Pulse)
     events: EventLog | None = None
     """of rank 0"""
+    stragglers: Stragglers | None = None
     _asked_until: int = field(default=0, init=False)
     """step up to which rows were asked for"""
 
@@ -107,8 +109,12 @@ class Loop:
         )
         self._add(result.seconds_by_part)
         self.log.step(done + 1, result, rate, seconds)
+        if self.stragglers is not None:
+            self.stragglers.after_step(done + 1, result.seconds_by_part)
         self.progress = after_step(self.progress, result, self.config.training, self.log, self.events)
-        self.reporter.stepped(self.progress, StepFigures(rate, result.grad_norm, self.log.tokens_per_second))
+        slowest = self.stragglers.slowest_ratio if self.stragglers is not None else None
+        figures = StepFigures(rate, result.grad_norm, self.log.tokens_per_second, slowest)
+        self.reporter.stepped(self.progress, figures)
         return result
 
     def _fetch_ahead(self, done: int) -> None:

@@ -41,6 +41,7 @@ from trainer.room import EndlessRoom
 from trainer.run_directory import RunDirectory, WorkerError, utc_now, write_json
 from trainer.shared_storage import check_shared
 from trainer.stop_signal import StopSignal
+from trainer.stragglers import Stragglers
 from trainer.watchdog import open_watch
 
 
@@ -107,6 +108,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     saved_step = None if resumed and resumed.manifest.fast else progress.step
     cadence = cadence_of(config.checkpoint, fast)
     checkpointing = Checkpointing(saver, room, cadence, saved_step, partial(draft, spec), log, reporter)
+    events = EventLog(run, spec.attempt, engine.rank)
     loop = Loop(
         engine,
         config,
@@ -119,7 +121,8 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
         log,
         reporter,
         pulse,
-        EventLog(run, spec.attempt, 0) if engine.rank == 0 else None,
+        events if engine.rank == 0 else None,
+        Stragglers(config.watchdog, engine.device, log, events),
     )
     try:
         outcome = loop.run()

@@ -24,7 +24,8 @@ def test_a_lack_of_memory_is_told_with_the_plan(
     assert re.search(
         r"OutOfMemory: rank 1 on \S+ ran out of host memory in step 5, "
         r"\w+, after 4 good steps: .* GiB by this "
-        r"process, .* free of .* GiB\. The plan had said [1-9]\S* GiB for this worker, at its worst in \w+\. If it comes again: "
-        r"lower training\.micro_batch \(now 2; results stay the same\), or .*DefaultCPUAllocator",
+        r"process, .* free of .* GiB\. The plan had said [1-9]\S* GiB for this worker, at its "
+        r"worst in \w+\. If it comes again: lower training\.micro_batch "
+        r"\(now 2; results stay the same\), or .*DefaultCPUAllocator",
         result["reason"],
     ), result["reason"]
