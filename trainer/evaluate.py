@@ -53,11 +53,16 @@ _LOOK_EVERY = 8
 
 
 def evaluate(
-    engine: Scorer, source: PackSource, micro_batch_size: int, unwanted: Callable[[], bool] | None = None
+    engine: Scorer,
+    source: PackSource,
+    micro_batch_size: int,
+    beat: Callable[[], object] = lambda: None,
+    unwanted: Callable[[], bool] | None = None,
 ) -> EvaluationResult:
     """Every row once, split over the ranks like a step's. Collective.
 
     Args:
+        beat: called before each micro batch.
         unwanted: asked now and then; where it says so on one rank, all raise EvaluationGivenUp.
     """
     parts = rank_micro_batches(
@@ -66,6 +71,7 @@ def evaluate(
     # sum of losses, tokens predicted right, trained tokens
     total = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for index, (start, stop) in enumerate(parts):
+        beat()
         if unwanted is not None and index % _LOOK_EVERY == 0 and anywhere(unwanted(), engine.device):
             raise EvaluationGivenUp
         batch = collate(source.packs(np.arange(start, stop)))
