@@ -109,7 +109,6 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     saved_step = None if resumed and resumed.manifest.fast else progress.step
     cadence = cadence_of(config.checkpoint, fast)
     checkpointing = Checkpointing(saver, room, cadence, saved_step, partial(draft, spec), log, reporter)
-    events = EventLog(run, spec.attempt, engine.rank)
     loop = Loop(
         engine,
         config,

@@ -163,16 +163,16 @@ class Workers:
     stopped: list[str] = field(default_factory=list)
     attempts: int = 0
 
-    def wait_for_room(self, cancelled: Callable[[], bool], say: Any) -> bool:
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Any) -> int:
         if not self.has_room:
             until(cancelled)
-        return self.has_room
+        return int(self.has_room)
 
-    def run(self, spec: Any) -> str:
+    def run(self, spec: Any, num_workers: int, notify: Any) -> str:
         self.attempts += 1
         if self.fails:
             return "rank 0 exited with 1"
-        until(lambda: self.run_directory.stop_requested(spec))
+        until(lambda: self.run_directory.stop_request(spec))
         self.stopped.append(json.loads(self.run_directory.attempt(spec).read("stop.json"))["reason"])
         commit(self.run_directory, spec, 7)
         write_json(self.run_directory.attempt(spec), "end.json", {"outcome": "stopped"})
