@@ -23,9 +23,11 @@ import os
 import re
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from tests.support.command import Command, write_config
 
 PARTS = ("detect", "place", "start", "build", "step")
 EVERY = 10
+ALIVE = "peer rank 0 pid"
 Times = dict[str, float]
 
 
@@ -83,6 +86,46 @@ def recoveries(folder: Path, launcher: str, rounds: int) -> list[Times]:
     return found
 
 
+def peer_recoveries(folder: Path, rounds: int) -> list[float]:
+    """Seconds from the kill to the step after the one that it resumed from."""
+    log = folder / "peer.log"
+    script = Path(__file__).resolve().parent / "plain_ray_train.py"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [sys.executable, str(script), str(folder / "base"), str(folder / "peer")],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def steps(since: int = 0) -> list[int]:
+        return [int(step) for step in re.findall(r"peer step (\d+)", log.read_text(errors="replace")[since:])]
+
+    def until(reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 240
+        while not reached():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text(errors="replace")[-3000:]
+            time.sleep(0.02)
+
+    found, begun = [], 0
+    try:
+        for number in range(1, rounds + 1):
+            until(lambda begun=begun: len(steps(begun)) > EVERY + 2)  # type: ignore[misc]
+            text = log.read_text(errors="replace")
+            pid, begun = int(re.findall(r"peer rank 1 pid (\d+)", text)[-1]), len(text)
+            killed = time.perf_counter()
+            os.kill(pid, signal.SIGKILL)
+            until(lambda begun=begun: ALIVE in log.read_text(errors="replace")[begun:])  # type: ignore[misc]
+            begun += log.read_text(errors="replace")[begun:].index(ALIVE)
+            until(lambda begun=begun: bool(steps(begun)))  # type: ignore[misc]
+            found.append(time.perf_counter() - killed)
+            print(f"plain Ray Train, round {number}: {found[-1]:.2f} s", flush=True)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    return found
+
+
 def show(name: str, times: Times) -> None:
     parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in times.items())
     print(f"{name}: {sum(times.values()):.2f} s ({parts})", flush=True)
@@ -103,6 +146,9 @@ def main() -> None:
             medians[launcher] = {part: statistics.median(times[part] for times in found) for part in PARTS}
         for launcher, times in medians.items():
             show(f"{launcher}, medians of {options.rounds}", times)
+        if options.peer:
+            found = statistics.median(peer_recoveries(folder, options.rounds))
+            print(f"plain Ray Train with DeepSpeed, median of {options.rounds}: {found:.2f} s")
 
 
 if __name__ == "__main__":
