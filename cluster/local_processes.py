@@ -41,12 +41,17 @@ PRELOAD = (
     "pyarrow.fs",
     "pydantic",
 )
-_GRACE_S = 5.0
+GRACE_S = 5.0
 
 
 def free_port() -> int:
+    return free_port_at("127.0.0.1")
+
+
+def free_port_at(host: str) -> int:
+    """One of this machine's address ``host`` that nobody listened at a moment ago."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
 
 
@@ -78,7 +83,9 @@ class LocalProcesses:
     def run(self, spec: WorkerSpec, num_workers: int, notify: Callable[[StopRequest], None]) -> str:
         if RunDirectory.at(spec.run_uri).storage.local_path is None:
             raise BadInput("cluster.launcher=processes needs run.storage on a local or shared path")
-        context = _context()
+        import torch
+
+        context = start_method(torch.cuda.device_count() > 0)
         environment = self._environment()
         workers = [
             context.Process(target=_worker, args=(spec.model_dump(mode="json"), _of_rank(environment, rank)))
@@ -121,10 +128,9 @@ class LocalProcesses:
         """Nothing outlives ``run``."""
 
 
-def _context() -> SpawnContext | ForkServerContext:
-    import torch
-
-    if torch.cuda.device_count():
+def start_method(use_gpu: bool) -> SpawnContext | ForkServerContext:
+    """For processes of workers: afresh, or as forks of one that has imported the libraries."""
+    if use_gpu:
         return multiprocessing.get_context("spawn")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks when it is imported
     context = multiprocessing.get_context("forkserver")
@@ -158,12 +164,12 @@ def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:
             worker.start()
         while any(worker.exitcode is None for worker in workers):
             if deadline is None and any(worker.exitcode for worker in workers):
-                deadline = time.monotonic() + _GRACE_S
+                deadline = time.monotonic() + GRACE_S
             if deadline is not None and time.monotonic() > deadline:
                 break
             look()
             time.sleep(0.1)
-        lost = [f"rank {rank} {_describe(worker.exitcode)}" for rank, worker in enumerate(workers) if worker.exitcode]
+        lost = [f"rank {rank} {describe(worker.exitcode)}" for rank, worker in enumerate(workers) if worker.exitcode]
     finally:
         for worker in workers:
             if worker.pid is not None:
@@ -172,7 +178,7 @@ def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:
     return "; ".join(lost)
 
 
-def _describe(exitcode: int) -> str:
+def describe(exitcode: int) -> str:
     if exitcode < 0:
         return f"was ended by {signal.Signals(-exitcode).name}"
     return f"exited with {exitcode}"

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from cluster import ray_nodes
 from cluster.config import ClusterConfig, MetricsConfig, WorkerBounds
 from cluster.notice_server import NoticeServer
+from cluster.ray_session import Session, open_board, supervise
 from cluster.ray_watch import Watch
 from cluster.run_monitor import Monitor, NoMonitor, start_monitor
 from data_shards.errors import BadInput
+from data_shards.storage import Storage
 from trainer.config import WorkerSpec
-from trainer.run_directory import RunDirectory, Say, StopRequest
+from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 _TELL_AFTER_S = 5.0
@@ -32,15 +35,26 @@ def in_ray_job() -> bool:
     return _IN_JOB_MARK in os.environ
 
 
-def _train_function(arguments: dict[str, Any]) -> None:
-    """Runs in each Ray Train worker, in a thread, with the process group up and torchrun's environment set."""
-    import ray
+def _fulfil(future: Future[Any], action: Callable[[], Any]) -> None:
+    try:
+        future.set_result(action())
+    except BaseException as error:
+        future.set_exception(error)
 
-    from trainer.process_group import NODE_ID
-    from trainer.worker import run_worker
 
-    os.environ[NODE_ID] = ray.get_runtime_context().get_node_id()
-    run_worker(WorkerSpec.model_validate(arguments["spec"]), arguments["metrics"])
+def _backend() -> Any:
+    """Nothing of torch: the process group is that of the supervisors' children."""
+    from ray.train.backend import Backend, BackendConfig
+
+    class Supervisors(Backend):
+        share_cuda_visible_devices = True
+
+    class Config(BackendConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Supervisors
+
+    return Config()
 
 
 def connect(slots: int) -> bool:
@@ -90,6 +104,9 @@ class RayTrain:
         self._config = config
         self._use_gpu = False
         self._monitor: Monitor = NoMonitor()
+        self._session: Session | None = None
+        self._is_left = False
+        """whether an attempt has made way for one on other machines"""
         self._embedded = connect(max(os.cpu_count() or 1, int(config.num_workers * config.cpus_per_worker)))
         self._notices = NoticeServer(config.notice_port, self._take_notice) if config.notice_port else None
 
@@ -141,6 +158,9 @@ class RayTrain:
         """Asks Ray itself, by a placement group like the one that the workers will get: so it counts what is taken by
         others, and an autoscaler sees the demand. Where fewer workers may do, as many as then fit are taken after a
         while."""
+        if self._keeps_session() and self._session is not None:
+            return self._session.num_workers
+        self._drop_session()
         bounds, most = self._config.workers, self._config.num_workers
         started, told = time.monotonic(), False
         with self._asked_for(most) as is_there:
@@ -185,21 +205,34 @@ class RayTrain:
         return self._monitor
 
     def run(self, spec: WorkerSpec, num_workers: int, notify: Callable[[StopRequest], None]) -> str:
-        """One ``fit()`` without Ray's own retries: what to do after a failure is decided in ``cluster.failures``."""
+        """On the supervisors that there are, if they are as many and their nodes stay; else on new ones."""
         from ray.exceptions import RayError
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2.api.exceptions import TrainingFailedError
 
-        trainer = TorchTrainer(
-            _train_function,
-            train_loop_config={
-                "spec": spec.model_copy(update={"notice_file": self._config.notice_file}).model_dump(mode="json"),
-                "metrics": self._monitor.sink,
-            },
-            torch_config=TorchConfig(
-                backend="nccl" if self._use_gpu else "gloo", timeout_s=int(self._config.collective_timeout_s)
-            ),
+        def make_way(request: StopRequest) -> None:
+            self._is_left = request.kind != StopKind.STOP
+            notify(request)
+
+        run = RunDirectory.at(spec.run_uri)
+        watch = Watch(run, spec.attempt, num_workers, self._bundle(), self._config.workers, make_way)
+        told = spec.model_copy(update={"notice_file": self._config.notice_file})
+        try:
+            session = self._session = self._session or self._start(num_workers, run.attempt(spec.attempt))
+            with watch.watching():
+                return session.run(told, self._monitor.sink)
+        except (TrainingFailedError, RayError) as error:
+            return f"Ray Train reports: {str(error).strip().splitlines()[-1][:300]}"
+
+    def _start(self, num_workers: int, place: Storage) -> Session:
+        """One ``fit()`` without Ray's own retries: what to do after a failure is decided in ``cluster.failures``."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+        board = open_board()
+        trainer = DataParallelTrainer(
+            supervise,
+            train_loop_config={"board": board},
+            backend_config=_backend(),
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
                 use_gpu=self._use_gpu,
@@ -207,24 +240,37 @@ class RayTrain:
             ),
             run_config=RunConfig(
                 name="ray",
-                storage_path=f"{spec.run_uri}/attempts/{spec.attempt}",
+                storage_path=place.uri,
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
                 worker_runtime_env={} if self._use_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             ),
         )
-        run = RunDirectory.at(spec.run_uri)
-        watch = Watch(run, spec.attempt, num_workers, self._bundle(), self._config.workers, notify)
-        try:
-            # Not on the main thread: there it would replace our signal handlers, and Ctrl-C would save nothing.
-            with watch.watching(), ThreadPoolExecutor(1) as pool:
-                pool.submit(trainer.fit).result()
-        except (TrainingFailedError, RayError) as error:
-            return f"Ray Train reports: {str(error).strip().splitlines()[-1][:300]}"
-        return ""
+        # Not on the main thread: there it would replace our signal handlers, and Ctrl-C would save nothing.
+        fit: Future[Any] = Future()
+        threading.Thread(target=_fulfil, args=(fit, trainer.fit), name="ray-train", daemon=True).start()
+        return Session(board, num_workers, fit)
+
+    def _drop_session(self) -> None:
+        if self._session is not None:
+            self._session.close()
+            self._session, self._is_left = None, False
+
+    def _keeps_session(self) -> bool:
+        """Whether the supervisors can run the next attempt, too: all there, as many as may be, on nodes that stay."""
+        session, most = self._session, self._config.num_workers
+        if session is None or not session.is_alive or self._is_left:
+            return False
+        with suppress(Exception):  # of Ray's own: then it is gone
+            more = 0
+            if session.num_workers < most:
+                more = ray_nodes.bundles_that_fit(ray_nodes.free(), self._bundle())
+            return more == 0 and session.nodes() <= set(ray_nodes.staying())
+        return False
 
     def close(self) -> None:
         import ray
 
+        self._drop_session()
         if self._notices is not None:
             self._notices.close()
         ray.shutdown()

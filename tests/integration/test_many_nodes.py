@@ -128,7 +128,7 @@ def give_notice(net: Network, node: str, seconds: float, token: str) -> int:
 def voyage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Voyage]:
     base = tmp_path_factory.mktemp("nodes")
     with network(base / "net") as net:
-        bounds = {"min": 1, "max": 2, "settle_s": 2, "grow_after_s": 4}
+        bounds = {"min": 1, "max": 2, "settle_s": 5, "grow_after_s": 4}
         values = values_of(
             workshop,
             workers=bounds,
