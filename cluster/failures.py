@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from trainer.hang import Hang
 from trainer.run_directory import WorkerError
+
+MOST_SAME_FAILURES = 3
+"""at one step, with nothing committed in between"""
+_NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 class EndKind(StrEnum):
@@ -46,12 +52,19 @@ class Decision:
 
 
 def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
-    """The error that explains the rest: one raised on purpose before the collective errors that it caused elsewhere."""
-    return min(
-        errors,
-        key=lambda e: (not e.bad_input, e.retryable, not e.disk_full, e.checkpoint is None, not e.corrupt, e.rank),
-        default=None,
-    )
+    """The error that explains the rest: one raised on purpose before the collective errors that it caused elsewhere, a
+    hang that names ranks before one that does not; and before it, what those ranks themselves left."""
+
+    def order(e: WorkerError) -> tuple[object, ...]:
+        is_hang = e.type == Hang.__name__
+        special = (not e.disk_full, e.checkpoint is None, not e.corrupt, not e.recurs, not e.suspects, not is_hang)
+        return (not e.bad_input, e.retryable, *special, e.rank)
+
+    first = min(errors, key=order, default=None)
+    if first is not None and first.suspects:
+        theirs = [e for e in errors if e.rank in first.suspects and e.type != Hang.__name__]
+        return root_cause(theirs) or first
+    return first
 
 
 def _cause(end: AttemptEnd) -> str:
@@ -88,11 +101,42 @@ def _num_barren(history: Sequence[AttemptEnd]) -> int:
     return barren
 
 
+def _is_same(one: WorkerError | None, other: WorkerError) -> bool:
+    """Of the same kind, at the same step, with the same words: numbers in them (ports, addresses, seconds) differ."""
+    if one is None or (one.type, one.step) != (other.type, other.step):
+        return False
+    return _NUMBERS.sub("#", one.message) == _NUMBERS.sub("#", other.message)
+
+
+def _crash_loop(history: Sequence[AttemptEnd]) -> str:
+    """Why going on would be a crash loop, in words; nothing where it would not.
+
+    An error that recurs is one once it has come twice at its step; others once they have come several times in a row
+    with nothing committed in between. Before the first step nothing tells errors of the machines from others.
+    """
+    last = history[-1].error
+    if last is None or last.step is None:
+        return ""
+    before = [(end.error.type, end.error.step) for end in history[:-1] if end.error]
+    if last.recurs and (last.type, last.step) in before:
+        return f"a crash loop: step {last.step} failed in the same way after going back, so no machine is at fault"
+    times = 0
+    for end in reversed(history):
+        if not _is_same(end.error, last):
+            break
+        times += 1
+        if end.committed_step > end.start_step:  # what came before was another place
+            break
+    if times >= MOST_SAME_FAILURES:
+        return f"a crash loop: step {last.step} failed {times} times in a row in the same way"
+    return ""
+
+
 def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *, stop_wanted: bool) -> Decision:
     """What follows the last of these attempts of one submission.
 
     A failure after progress starts the count anew, so a long run on spot nodes may fail any number of times; failing at
-    the same place again and again ends it.
+    the same place again and again ends it, in the same way sooner.
     """
     last = history[-1]
     if last.kind == EndKind.FINISHED:
@@ -109,6 +153,8 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
         return Decision(Action.FAIL, cause)
     if stop_wanted:
         return stopped
+    if loop := _crash_loop(history):
+        return Decision(Action.FAIL, f"{loop}: {cause}")
     barren = _num_barren(history)
     if barren > max_failures_without_progress:
         return Decision(

@@ -21,6 +21,7 @@ from cluster.config import ClusterConfig, MetricsConfig
 from cluster.run_monitor import Monitor, NoMonitor
 from data_shards.errors import BadInput
 from data_shards.processes import end_with_parent
+from trainer import oom_kills
 from trainer.config import WorkerSpec
 from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
 from trainer.stop_signal import deadline_in
@@ -83,7 +84,9 @@ class LocalProcesses:
             context.Process(target=_worker, args=(spec.model_dump(mode="json"), _of_rank(environment, rank)))
             for rank in range(num_workers)
         ]
-        return _run(workers, self._look_for_notice(notify))
+        kills_before = oom_kills.count()
+        lost = _run(workers, self._look_for_notice(notify))
+        return "; ".join(filter(None, [lost, oom_kills.told(kills_before)])) if lost else ""
 
     def _look_for_notice(self, notify: Callable[[StopRequest], None]) -> Callable[[], None]:
         """What tells once that this machine, and with it the whole run here, will be taken away."""

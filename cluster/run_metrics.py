@@ -43,6 +43,7 @@ COUNTERS = {
     "baton_trained_tokens": "Tokens that a loss was taken on, repeats included",
     "baton_restarts": "Attempts after the run's first, whether after a failure or by a new command",
     "baton_lost_steps": "Steps that were executed after the last commit and had to be done again",
+    "baton_skipped_steps": "Steps whose update was left out, because loss or gradients were inf or NaN",
     "baton_checkpoints": "Checkpoints committed",
     "baton_checkpoint_bytes": "Bytes of committed checkpoints, over all ranks",
     "baton_checkpoint_seconds": "Seconds for which training stood still for checkpoints",
@@ -60,6 +61,7 @@ GAUGES = {
     "baton_checkpoint_step": "Step of the newest commit",
     "baton_last_checkpoint_bytes": "Bytes of the newest commit, over all ranks",
     "baton_last_checkpoint_seconds": "Seconds for which training stood still for the newest commit",
+    "baton_slowest_rank_ratio": "Time of the slowest rank for a fixed piece of computing, to the median rank's",
     "baton_world_size": "Workers of the running attempt",
 }
 
@@ -173,6 +175,7 @@ class RunMetrics:
             ("baton_rows", now.rows_consumed - was.rows_consumed),
             ("baton_tokens", now.tokens - was.tokens),
             ("baton_trained_tokens", now.trained_tokens - was.trained_tokens),
+            ("baton_skipped_steps", now.skipped_steps - was.skipped_steps),
         ):
             figures.counters[name] += max(0, increment)
         for part, seconds in now.seconds.items():
@@ -202,6 +205,7 @@ def _gauges(report: Report) -> dict[str, float]:
         known["baton_learning_rate"] = step.learning_rate
         known["baton_grad_norm"] = step.grad_norm
         known["baton_tokens_per_second"] = step.tokens_per_second
+        known["baton_slowest_rank_ratio"] = step.slowest_rank_ratio
     if commit := report.last_commit:
         known["baton_checkpoint_step"] = commit.step
         known["baton_checkpoint_timestamp_seconds"] = commit.committed_at

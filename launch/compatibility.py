@@ -14,6 +14,7 @@ FREE = (
     "cluster",
     "metrics",
     "checkpoint",
+    "watchdog",
     "evaluation",
     "export",
     "resume",
@@ -26,6 +27,8 @@ FREE = (
     "training.micro_batch",
     "training.log_every",
     "training.deterministic",
+    "training.on_nonfinite",
+    "training.max_skipped_in_a_row",
     "training.steps",
     "training.epochs",
 )

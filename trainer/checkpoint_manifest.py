@@ -15,6 +15,8 @@ VERSION = 4
 """1 had no ``progress.eval_step``; 1 and 2 had the block hashes of rank files in the manifest."""
 _VERSION_OF_DURABLE = 3
 """which had no ``files_at``: a manifest without it is as it was then, and older readers take it"""
+_LATER_FIELDS = ("skipped_steps", "skipped_in_a_row")
+"""Of ``progress``, which are left out where they are 0: so older readers take the manifest of a run that had none."""
 MANIFEST = "manifest.json"
 
 
@@ -33,6 +35,10 @@ class Progress:
     first_eval_loss: float | None = None
     eval_step: int | None = None
     """step of ``eval_loss``"""
+    skipped_steps: int = 0
+    """whose update was left out"""
+    skipped_in_a_row: int = 0
+    """the last ones"""
 
     @property
     def evaluated_here(self) -> bool:
@@ -86,6 +92,9 @@ class CheckpointManifest:
         payload = asdict(self) | {"files": [entry.to_json() for entry in self.files]}
         if not self.fast:
             del payload["files_at"]
+        for name in _LATER_FIELDS:
+            if not payload["progress"][name]:
+                del payload["progress"][name]
         return signed_json.encode(payload, KIND, VERSION if self.fast else _VERSION_OF_DURABLE)
 
     @classmethod

@@ -87,6 +87,12 @@ class OptimizerConfig(ConfigModel):
     min_lr_ratio: float = Field(0.0, ge=0, le=1, description="The schedule ends at lr times this.")
 
 
+class OnNonFinite(StrEnum):
+    STOP = "stop"
+    SKIP = "skip"
+    ROLLBACK = "rollback"
+
+
 class TrainingConfig(ConfigModel):
     method: Method = Method.FULL
     lora: LoraConfig = LoraConfig()
@@ -96,6 +102,12 @@ class TrainingConfig(ConfigModel):
     epochs: float | None = Field(None, gt=0, description="Passes over the packs. Give this or steps.")
     log_every: int = Field(1, ge=1, description="Steps between progress lines.")
     deterministic: bool = Field(False, description="Bit-equal runs on GPU, at some cost.")
+    on_nonfinite: OnNonFinite = Field(
+        OnNonFinite.STOP,
+        description="When loss or gradients are inf or NaN: stop; skip the update; or rollback to the last checkpoint, "
+        "and stop if the same step is so again.",
+    )
+    max_skipped_in_a_row: int = Field(10, ge=1, description="Of on_nonfinite=skip; one more stops the run.")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
@@ -108,6 +120,24 @@ class EvaluationConfig(ConfigModel):
     at_start: bool = Field(False, description="Also evaluate before the first step.")
     every_steps: int | None = Field(None, ge=1, description="Steps between evaluations; always once at the end.")
     micro_batch: int = Field(4, ge=1, description="Packs per worker per forward while evaluating.")
+
+
+class WatchdogConfig(ConfigModel):
+    """Ends an attempt whose workers hang, so that it is begun again, and names slow workers; docs/failures.md."""
+
+    enabled: bool = True
+    factor: float = Field(
+        10, ge=2, description="A worker hangs once it has gone without progress for this many usual steps …"
+    )
+    at_least_s: float = Field(300, gt=0, description="… and for so many seconds.")
+    first_step_s: float = Field(
+        3600, gt=0, description="Seconds from a worker's start, through loading, to the end of its first step."
+    )
+    probe_every_steps: int | None = Field(
+        50, ge=1, description="Steps between looks at how fast each worker is; null: never."
+    )
+    slow_ratio: float = Field(1.5, gt=1, description="A worker is slow that takes this many times the median …")
+    slow_looks: int = Field(3, ge=1, description="… at so many looks in a row.")
 
 
 class FastTierConfig(ConfigModel):
@@ -170,6 +200,7 @@ class TrainerConfig(ConfigModel):
     optimizer: OptimizerConfig = OptimizerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     zero: ZeroConfig = ZeroConfig()
     seed: int = Field(0, ge=0, lt=2**32, description="Of row order, random weights, adapters and dropout.")
 

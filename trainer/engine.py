@@ -10,7 +10,7 @@ import torch
 from data_shards.errors import BadInput
 from trainer.batch import MicroBatch
 from trainer.config import OptimizerConfig, OptimizerName
-from trainer.errors import NonFiniteStep, StepInvariantBroken
+from trainer.errors import StepInvariantBroken
 from trainer.loss import token_loss_sum, token_scores
 from trainer.slices import slice_bounds
 
@@ -106,22 +106,29 @@ class ZeroEngine:
         """Until an update may change ``local_slices``. ``apply_step`` does it, too."""
         self._before_update()
 
-    def apply_step(self, learning_rate: float) -> float:
-        """Clip and update. Returns the global gradient norm before clipping.
+    def apply_step(self, learning_rate: float, loss: torch.Tensor | None = None) -> float | None:
+        """Clip and update. Returns the global gradient norm before clipping; None where the update was left out, on all
+        ranks, because a gradient, or the loss on some rank, is inf or NaN. The optimizer then counts no step.
 
-        Raises:
-            NonFiniteStep: gradients were inf or NaN, so DeepSpeed skipped the update.
+        Args:
+            loss: this rank's of the step, a scalar.
         """
+        if loss is not None:
+            self._spoil_gradients_unless_finite(loss)
         self.await_readers()
         for group in self._zero.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_ratio"]
         self._engine.step()
         if not self._engine.was_step_applied():
-            raise NonFiniteStep(
-                "the gradient norm is inf or NaN, so the update was not applied. Lower optimizer.lr, lengthen "
-                "optimizer.warmup_steps, or look at the rows of this step; the last committed checkpoint is intact."
-            )
+            return None
         return float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def _spoil_gradients_unless_finite(self, loss: torch.Tensor) -> None:
+        """A loss of inf may have finite gradients (a logit of -inf has), and before the update the ranks agree on the
+        norm of gradients alone. This makes it tell of the loss, too, without a wait or one more collective."""
+        first = self._zero.averaged_gradients[0][0].view(-1)[:1]
+        first.copy_(torch.where(torch.isfinite(loss), first, torch.full_like(first, torch.nan)))
 
     @torch.no_grad()
     def evaluate_micro_batch(self, batch: MicroBatch) -> torch.Tensor:

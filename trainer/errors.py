@@ -57,3 +57,11 @@ class DiskFull(SaveFailed):
 
 class NonFiniteStep(BatonError):
     """Loss or gradients became inf or NaN; the same rows would do it again."""
+
+
+class NonFiniteAgain(NonFiniteStep):
+    """The same, where it may have been a machine's fault: another attempt finds out."""
+
+    retryable = True
+    recurs = True
+    """else the next attempt has it at the same step, and is the last"""

@@ -53,12 +53,17 @@ _LOOK_EVERY = 8
 
 
 def evaluate(
-    engine: Scorer, source: PackSource, micro_batch_size: int, unwanted: Callable[[], bool] | None = None
+    engine: Scorer,
+    source: PackSource,
+    micro_batch_size: int,
+    unwanted: Callable[[], bool] | None = None,
+    beat: Callable[[], object] = lambda: None,
 ) -> EvaluationResult:
     """Every row once, split over the ranks like a step's. Collective.
 
     Args:
         unwanted: asked now and then; where it says so on one rank, all raise EvaluationGivenUp.
+        beat: called before each micro batch.
     """
     parts = rank_micro_batches(
         source.num_rows, rank=engine.rank, world_size=engine.world_size, micro_batch_size=micro_batch_size
@@ -66,6 +71,7 @@ def evaluate(
     # sum of losses, tokens predicted right, trained tokens
     total = torch.zeros(3, dtype=torch.float64, device=engine.device)
     for index, (start, stop) in enumerate(parts):
+        beat()
         if unwanted is not None and index % _LOOK_EVERY == 0 and anywhere(unwanted(), engine.device):
             raise EvaluationGivenUp
         batch = collate(source.packs(np.arange(start, stop)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from trainer.evaluate import EvaluationResult, evaluate
 from trainer.export import ADAPTER_FILE, adapter_name
 from trainer.forward_engine import ForwardEngine, ReadSlice
 from trainer.model import model_to_train
+from trainer.pulse import Phase, Pulse
 from trainer.run_directory import utc_now, write_json
 
 Shapes = dict[str, tuple[int, ...]]
@@ -90,7 +92,7 @@ def build_forward_engine(spec: WorkerSpec, task: EvaluationTask) -> ForwardEngin
         return ForwardEngine(model, zero, stored.read if stored else None)
 
 
-def evaluate_model(spec: WorkerSpec) -> EvaluationResult:
+def evaluate_model(spec: WorkerSpec, pulse: Pulse) -> EvaluationResult:
     """Build this rank's part of the model, score the split, and on rank 0 write ``<run_uri>/<task.result>``."""
     task = spec.evaluation
     if task is None:
@@ -99,7 +101,7 @@ def evaluate_model(spec: WorkerSpec) -> EvaluationResult:
     dataset = Storage.at(spec.dataset_uri)
     source = SplitReader(dataset, read_dataset_manifest(dataset), task.split)
     started = time.perf_counter()
-    result = evaluate(engine, source, spec.trainer.evaluation.micro_batch)
+    result = evaluate(engine, source, spec.trainer.evaluation.micro_batch, beat=partial(pulse.beat, Phase.EVALUATION))
     seconds = time.perf_counter() - started
     if engine.rank == 0:
         record = {

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import partial
 from typing import Protocol
 
 from data_shards.order.sampler import Sampler
@@ -15,10 +16,14 @@ from trainer.checkpointing import Checkpointing
 from trainer.config import TrainerConfig
 from trainer.engine import ZeroEngine
 from trainer.evaluate import EvaluationGivenUp, evaluate
+from trainer.events import EventLog
 from trainer.metrics import Reporter, StepFigures
+from trainer.nonfinite import after_step
 from trainer.progress_log import ProgressLog
+from trainer.pulse import Phase, Pulse
 from trainer.schedule import learning_rate
 from trainer.step import PackSource, StepResult, train_step
+from trainer.stragglers import Stragglers
 
 _STEPS_AHEAD = 4
 
@@ -55,6 +60,10 @@ class Loop:
     stop: Stop
     log: ProgressLog
     reporter: Reporter
+    pulse: Pulse = field(default_factory=Pulse)
+    events: EventLog | None = None
+    """of rank 0"""
+    stragglers: Stragglers | None = None
     saved: bool = field(default=False, init=False)
     """once it has run: whether all that was done is committed"""
     _asked_until: int = field(default=0, init=False)
@@ -72,6 +81,7 @@ class Loop:
                 stop = not self._evaluate()
             if step < num_steps and not stop:
                 self._add({"checkpoint": self.checkpointing.save_if_due(self.progress, standing)})
+        self.pulse.beat(Phase.ENDING)
         self.saved = not (stop and self._is_too_late_to_save())
         if self.saved:
             self._add({"checkpoint": self.checkpointing.save_at_end(self.progress)})
@@ -100,6 +110,7 @@ class Loop:
     def _step(self) -> StepResult:
         """One optimizer step."""
         done = self.progress.step
+        self.pulse.begin_step(done + 1)
         self._fetch_ahead(done)
         rate = learning_rate(self.config.optimizer, done, self.sampler.num_steps)
         timer = _Timer()
@@ -112,7 +123,9 @@ class Loop:
             micro_batch_size=self.config.training.micro_batch,
             learning_rate=rate,
             standing=self.checkpointing.standing()._replace(stop_requested=self.stop.requested),
+            enter=self.pulse.enter,
         )
+        self.pulse.end_step()
         seconds = timer.stop() - result.seconds_by_part["checkpoint"]
         self.progress = replace(
             self.progress,
@@ -120,11 +133,16 @@ class Loop:
             rows_consumed=self.progress.rows_consumed + result.rows,
             tokens=self.progress.tokens + result.tokens,
             trained_tokens=self.progress.trained_tokens + result.trained_tokens,
-            last_loss=result.loss,
+            last_loss=result.loss if result.applied else self.progress.last_loss,
         )
         self._add(result.seconds_by_part)
         self.log.step(done + 1, result, rate, seconds)
-        self.reporter.stepped(self.progress, StepFigures(rate, result.grad_norm, self.log.tokens_per_second))
+        if self.stragglers is not None:
+            self.stragglers.after_step(done + 1, result.seconds_by_part)
+        self.progress = after_step(self.progress, result, self.config.training, self.log, self.events)
+        slowest = self.stragglers.slowest_ratio if self.stragglers is not None else None
+        figures = StepFigures(rate, result.grad_norm, self.log.tokens_per_second, slowest)
+        self.reporter.stepped(self.progress, figures)
         return result
 
     def _fetch_ahead(self, done: int) -> None:
@@ -139,8 +157,8 @@ class Loop:
             return True
         timer = _Timer()
         try:
-            wanted = self.config.evaluation
-            result = evaluate(self.engine, self.validation, wanted.micro_batch, lambda: self.stop.requested)
+            wanted, beat = self.config.evaluation, partial(self.pulse.beat, Phase.EVALUATION)
+            result = evaluate(self.engine, self.validation, wanted.micro_batch, lambda: self.stop.requested, beat)
         except EvaluationGivenUp:
             self.log.say(f"the evaluation of step {self.progress.step} was given up")
             return False

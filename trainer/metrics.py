@@ -42,6 +42,8 @@ class StepFigures:
     """before clipping"""
     tokens_per_second: float
     """over recent steps, all workers together, evaluations and checkpoints left out"""
+    slowest_rank_ratio: float | None = None
+    """of computing times at the last look, slowest rank to median; None where nobody has looked yet"""
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
 import time
@@ -26,6 +27,13 @@ SO_FAR = "steps-so-far.jsonl"
 SO_FAR_EVERY_S = 15.0
 _SO_FAR_AT_MOST = 2000
 """Records, the newest: a run that commits once in a hundred thousand steps need not write them all again and again."""
+_NOT_RECORDED = ("standing", "applied", "nonfinite_rows")
+"""the last two only where a step went wrong"""
+
+
+def _for_json(value: Any) -> Any:
+    """JSON has no inf and no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def duration(seconds: float) -> str:
@@ -75,7 +83,9 @@ class ProgressLog:
     def step(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
         """Args: step: completed ones, this included."""
         self._recent.append((seconds, result.tokens))
-        figures = {name: value for name, value in result._asdict().items() if name != "standing"}
+        figures = {name: _for_json(value) for name, value in result._asdict().items() if name not in _NOT_RECORDED}
+        if not result.applied:
+            figures |= {"applied": False, "nonfinite_rows": result.nonfinite_rows}
         known = {"step": step, "num_steps": self._num_steps, "lr": learning_rate, "seconds": seconds}
         self._records.append({**known, "time": time.time(), **figures})
         self._write_aside_soon()

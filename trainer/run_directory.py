@@ -108,19 +108,30 @@ class WorkerError:
     corrupt: bool = False
     """it did not read back as written"""
     traceback: str = ""
+    step: int | None = None
+    """the one that it was about; None before the first"""
+    suspects: tuple[int, ...] = ()
+    """ranks that held the others up, where the error is about that"""
+    recurs: bool = False
+    """the same step gives it again, unless it was a machine's fault: one more attempt tells"""
 
     @classmethod
-    def of(cls, rank: int, error: BaseException) -> WorkerError:
+    def of(
+        cls, rank: int, error: BaseException, *, step: int | None = None, suspects: tuple[int, ...] = ()
+    ) -> WorkerError:
         return cls(
             rank=rank,
             type=type(error).__name__,
-            message=str(error),
+            message="; ".join([str(error), *getattr(error, "__notes__", ())]),
             retryable=error.retryable if isinstance(error, BatonError) else True,
             bad_input=isinstance(error, BadInput),
             disk_full=isinstance(error, DiskFull),
             checkpoint=error.checkpoint if isinstance(error, CheckpointUnusable) else None,
             corrupt=isinstance(error, CheckpointCorrupt),
             traceback="".join(traceback.format_exception(error)),
+            step=step,
+            suspects=suspects,
+            recurs=getattr(error, "recurs", False),
         )
 
 
@@ -231,7 +242,7 @@ class RunDirectory:
         for name in folder.list():
             with suppress(CorruptFile):
                 if value := read_json(folder, name):
-                    found.append(WorkerError(**value))
+                    found.append(WorkerError(**value | {"suspects": tuple(value.get("suspects", ()))}))
         return found
 
     def write_error(self, attempt: str, error: WorkerError) -> None:

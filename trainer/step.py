@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from data_shards.pack import Pack
 from trainer.batch import collate
 from trainer.batch_geometry import rank_micro_batches
 from trainer.engine import ZeroEngine
-from trainer.errors import NonFiniteStep, StepInvariantBroken
+from trainer.errors import StepInvariantBroken
+from trainer.pulse import Phase
 from trainer.step_clock import StepClock
 
 
@@ -69,6 +71,10 @@ class StepResult(NamedTuple):
     seconds_by_part: Mapping[str, float]
     """this rank's wall seconds: data, forward_backward, checkpoint (until a save has copied what is going to change),
     optimizer, agreement (the all-reduce of these very figures)"""
+    applied: bool = True
+    """False: loss or gradients were inf or NaN, so all ranks left the update out"""
+    nonfinite_rows: Mapping[int, Sequence[int]] = {}
+    """by rank: those of its micro batches whose own loss was inf or NaN"""
 
 
 def reseed(seed: int, step: int, rows: np.ndarray) -> None:
@@ -91,16 +97,17 @@ def train_step(
     micro_batch_size: int,
     learning_rate: float,
     standing: Standing = QUIET,
+    enter: Callable[[Phase], object] = lambda phase: None,
 ) -> StepResult:
     """Train on ``rows`` (int64 [B], the global batch; every rank passes the same) and update once.
 
     Args:
         step: completed steps before this one.
         standing: this rank's; what is so on any rank is so in the result.
+        enter: told what begins.
 
     Raises:
         StepInvariantBroken: the ranks together did not train on just these rows and tokens.
-        NonFiniteStep: loss or gradient became inf or NaN.
     """
     global_trained = source.num_trained(rows)
     parts = rank_micro_batches(
@@ -108,20 +115,27 @@ def train_step(
     )
     clock = StepClock(engine.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=engine.device)
+    losses: list[torch.Tensor] = []  # of micro batches, on the device
     seen = np.zeros(4)  # rows, tokens, trained tokens, digest
     for index, (start, stop) in enumerate(parts):
         row_ids = rows[start:stop]
+        enter(Phase.DATA)
         batch = collate(source.packs(row_ids))
         clock.mark("data")
+        enter(Phase.FORWARD_BACKWARD)
         reseed(seed, step, row_ids)
-        loss_sum += engine.train_micro_batch(batch, max(1, global_trained), is_last=index == len(parts) - 1).double()
+        losses.append(engine.train_micro_batch(batch, max(1, global_trained), is_last=index == len(parts) - 1))
+        loss_sum += losses[-1].double()
         if len(row_ids):
             seen += [len(row_ids), batch.input_ids.numel(), batch.num_trained, sum(map(row_digest, row_ids))]
         clock.mark("forward_backward")
+    enter(Phase.CHECKPOINT)
     engine.await_readers()
     clock.mark("checkpoint")
-    grad_norm = engine.apply_step(learning_rate)
+    enter(Phase.UPDATE)
+    grad_norm = engine.apply_step(learning_rate, loss_sum)
     clock.mark("optimizer")
+    enter(Phase.AGREEMENT)
     # Counts and 32-bit digests are exact in float64, so one small all-reduce carries everything.
     agreed = torch.cat([loss_sum[None], torch.tensor([*seen, *standing], dtype=torch.float64, device=engine.device)])
     torch.distributed.all_reduce(agreed)
@@ -135,8 +149,26 @@ def train_step(
             "shards disagree, or the ranks run different plans"
         )
     loss = total / max(1, global_trained)
-    if not np.isfinite(loss):
-        raise NonFiniteStep(f"step {step}: the loss is {loss}; rows {rows[:8].tolist()}… of the dataset")
     seconds = clock.seconds()  # after tolist, which waits for the device
     all_standing = Standing(*(count > 0 for count in somewhere))
-    return StepResult(loss, grad_norm, int(num_rows), int(tokens), int(trained), int(digest), all_standing, seconds)
+    counts = (int(num_rows), int(tokens), int(trained), int(digest))
+    if grad_norm is None:
+        culprits = _nonfinite_rows(rows, parts, losses)
+        return StepResult(loss, math.inf, *counts, all_standing, seconds, applied=False, nonfinite_rows=culprits)
+    return StepResult(loss, grad_norm, *counts, all_standing, seconds)
+
+
+def _nonfinite_rows(
+    rows: np.ndarray, parts: Sequence[tuple[int, int]], losses: Sequence[torch.Tensor]
+) -> dict[int, list[int]]:
+    """By rank: those of micro batches whose loss is inf or NaN. Collective; for steps that went wrong, so it may take
+    its time."""
+    mine = [
+        row
+        for (start, stop), loss in zip(parts, losses, strict=True)
+        if not bool(torch.isfinite(loss))
+        for row in rows[start:stop].tolist()
+    ]
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, mine)
+    return {rank: theirs for rank, theirs in enumerate(found) if theirs}

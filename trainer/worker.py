@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import torch.distributed as dist
 
+from data_shards.errors import BatonError
 from data_shards.order.sampler import Sampler
 from data_shards.prepare import TRAIN, VALIDATION
 from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
+from trainer import oom_kills
 from trainer.attempt_saves import cadence_of, draft, open_fast_tier, open_saver, watched_room
 from trainer.checkpoint_manifest import Progress
 from trainer.checkpointing import Checkpointing
@@ -30,13 +32,17 @@ from trainer.events import EventKind, EventLog
 from trainer.loop import Loop, Outcome
 from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
+from trainer.out_of_memory import named
 from trainer.process_group import leave_process_group, node_id, start_process_group
 from trainer.progress_log import ProgressLog
+from trainer.pulse import Pulse
 from trainer.resume import find_resumed, restore
 from trainer.room import EndlessRoom
 from trainer.run_directory import RunDirectory, WorkerError, utc_now, write_json
 from trainer.shared_storage import check_shared
 from trainer.stop_signal import StopSignal
+from trainer.stragglers import Stragglers
+from trainer.watchdog import open_watch
 
 
 def total_rows(training: TrainingConfig, num_rows: int) -> int:
@@ -74,7 +80,7 @@ def _open_data(spec: WorkerSpec) -> _Data:
     return _Data(source, SplitReader(dataset, manifest, VALIDATION) if held_out and held_out.rows else None, sampler)
 
 
-def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
+def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     """Build everything for this rank and run the loop to its end."""
     config: TrainerConfig = spec.trainer
     run = RunDirectory.at(spec.run_uri)
@@ -114,6 +120,9 @@ def train(spec: WorkerSpec, metrics: MetricsSink) -> Outcome:
         stop,
         log,
         reporter,
+        pulse,
+        events if engine.rank == 0 else None,
+        Stragglers(config.watchdog, engine.device, log, events),
     )
     if engine.rank == 0:
         events.record(EventKind.TRAINING, f"from step {progress.step}", step=progress.step, workers=engine.world_size)
@@ -137,18 +146,33 @@ def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
     """What the spec asks for, in a process group, leaving an error report in the attempt's folder if it fails."""
     rank = int(os.environ.get("RANK", "0"))
     print(f"{utc_now()} worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}", flush=True)
+    kills_before = oom_kills.count()
+    run, pulse = RunDirectory.at(spec.run_uri), Pulse()
+    config = spec.trainer
+    watch = open_watch(
+        config.watchdog, run, spec.attempt, pulse, rank=rank, commit_timeout_s=config.checkpoint.commit_timeout_s
+    )
     try:
         with suppress(OSError):  # for the driver, which without it asks nobody to save when this machine goes
             RunDirectory.at(spec.run_uri).write_place(spec.attempt, rank, node_id())
         start_process_group(spec.collective_timeout_s)
         if spec.evaluation is not None:
-            evaluate_model(spec)
+            evaluate_model(spec, pulse)
             outcome = Outcome.FINISHED
         else:
-            outcome = train(spec, metrics or NoMetrics())
+            outcome = train(spec, metrics or NoMetrics(), pulse)
         leave_process_group()
         return outcome
-    except Exception as error:
+    except Exception as raised:
+        watch.close()
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        error = named(raised, spec, pulse, rank=rank, world_size=world_size)
+        if not isinstance(error, BatonError) and (kills := oom_kills.told(kills_before)):
+            error.add_note(kills)
         with suppress(OSError):  # a full disk must not hide what really went wrong
-            RunDirectory.at(spec.run_uri).write_error(spec.attempt, WorkerError.of(rank, error))
-        raise
+            run.write_error(spec.attempt, WorkerError.of(rank, error, step=pulse.step or None))
+        if error is raised:
+            raise
+        raise error from raised
+    finally:
+        watch.close()

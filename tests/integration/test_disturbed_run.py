@@ -41,6 +41,7 @@ def values(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> dict
         "training": {"global_batch": BATCH, "micro_batch": 2, "steps": STEPS},
         "checkpoint": {"every_steps": COMMIT_EVERY, "keep_last": 2},
         "evaluation": {"every_steps": 10},
+        "watchdog": {"probe_every_steps": 5},
     }
     if shared := os.environ.get("BATON_SHARED"):
         folder = tmp_path_factory.mktemp("gsm8k")

@@ -28,6 +28,7 @@ from trainer.config import WorkerSpec
 from trainer.errors import BatonError
 from trainer.metrics import NoMetrics, Report
 from trainer.progress_log import ProgressLog
+from trainer.pulse import Pulse
 from trainer.rank_file import RankFile
 from trainer.shared_storage import check_shared
 from trainer.survey import durable_checkpoints, survey, tip_and_newest
@@ -59,7 +60,7 @@ def attempt_on_nodes(spec: WorkerSpec, disks: list[str], shown_at: str, ends: bo
         Checkpointing.save_at_end = cut_short  # type: ignore[method-assign,assignment]
     commits = Commits()
     try:
-        train(spec, commits)
+        train(spec, commits, Pulse())
     except BatonError as error:
         told.append(f"{type(error).__name__}: {error}")
     every = spec.trainer.checkpoint.every_steps

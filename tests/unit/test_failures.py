@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hypothesis import given, strategies
 
 from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, root_cause
 from cluster.ray_nodes import bundles_that_fit
-from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach, DiskFull, NonFiniteStep, SaveFailed
+from trainer.errors import (
+    CheckpointCorrupt,
+    CheckpointOutOfReach,
+    DiskFull,
+    NonFiniteAgain,
+    NonFiniteStep,
+    SaveFailed,
+    StepInvariantBroken,
+)
+from trainer.hang import Hang
 from trainer.model import ModelError
+from trainer.out_of_memory import OutOfMemoryLate
 from trainer.run_directory import WorkerError
 
 
@@ -99,6 +113,18 @@ def test_root_cause_is_a_full_disk_rather_than_what_it_caused_elsewhere() -> Non
     assert root_cause([*collateral, full, fatal]) == fatal, "with room it would not go on either"
 
 
+def test_root_cause_is_the_hang_that_names_ranks_or_what_those_left() -> None:
+    collateral = WorkerError.of(0, RuntimeError("gloo: connection closed by peer"))
+    unsure, sure = WorkerError.of(1, Hang("?")), WorkerError.of(3, Hang("rank 2"), step=8, suspects=(2,))
+    assert root_cause([collateral, unsure, sure]) == root_cause([sure, unsure, collateral]) == sure
+    assert root_cause([collateral, unsure]) == unsure
+    theirs = WorkerError.of(2, OSError("the disk is gone"))
+    assert root_cause([collateral, unsure, sure, theirs]) == theirs
+    assert action(AttemptEnd(EndKind.FAILED, 5, 5, sure)) == Action.RETRY
+    late = WorkerError.of(3, OutOfMemoryLate("rank 3 ran out of memory"), step=8)
+    assert root_cause([collateral, late]) == late
+
+
 def test_errors_pickle_across_processes() -> None:
     error = pickle.loads(pickle.dumps(CheckpointCorrupt("00000005-a", "block 1")))
     assert (error.checkpoint, error.problem, str(error)) == ("00000005-a", "block 1", "checkpoint 00000005-a: block 1")
@@ -109,3 +135,84 @@ def test_a_worker_lies_on_one_node() -> None:
     assert bundles_that_fit(nodes, {"CPU": 2.0, "GPU": 0.0}) == 5
     assert bundles_that_fit(nodes, {"CPU": 2.0, "GPU": 1.0}) == 1
     assert bundles_that_fit([], {"CPU": 1.0}) == 0
+
+
+def at(step: int | None, error: BaseException, start: int = 0, committed: int = 0) -> AttemptEnd:
+    return AttemptEnd(EndKind.FAILED, start, committed, WorkerError.of(0, error, step=step))
+
+
+def test_the_same_error_at_the_same_step_is_a_crash_loop() -> None:
+    def broken(port: int) -> AttemptEnd:
+        return at(8, RuntimeError(f"connection closed by [127.0.0.1]:{port}"), 6, 6)
+
+    first = at(8, RuntimeError("connection closed by [127.0.0.1]:1"), 0, 6)
+    assert action(first, broken(2), limit=9) == Action.RETRY
+    ended = decide([first, broken(2), broken(3)], 9, stop_wanted=False)
+    assert ended.action == Action.FAIL and "a crash loop: step 8 failed 3 times in a row" in ended.reason
+    assert "connection closed" in ended.reason
+    assert action(first, broken(2), at(8, OSError("other"), 6, 6), limit=9) == Action.RETRY
+    assert action(first, broken(2), at(9, RuntimeError("connection closed by [127.0.0.1]:4"), 6, 6), limit=9) == (
+        Action.RETRY
+    )
+    again = at(8, RuntimeError("connection closed by [127.0.0.1]:1"), 6, 7)
+    assert action(first, broken(2), again, limit=9) == Action.RETRY, "something was committed in between"
+    starting = [at(None, RuntimeError("no route to host"))] * 4
+    assert action(*starting, limit=9) == Action.RETRY, "before the first step only the number counts"
+
+
+def test_what_recurs_is_tried_once_more() -> None:
+    assert action(at(8, NonFiniteAgain("nan"), 0, 6)) == Action.RETRY
+    twice = decide([at(8, NonFiniteAgain("nan"), 0, 6), at(8, NonFiniteAgain("nan"), 6, 7)], 9, stop_wanted=False)
+    assert twice.action == Action.FAIL and "a crash loop: step 8" in twice.reason
+    assert action(at(8, NonFiniteAgain("nan"), 0, 6), at(9, NonFiniteAgain("nan"), 6, 6)) == Action.RETRY
+
+
+FATAL = (NonFiniteStep("nan"), ModelError("gated"), DiskFull("full"), StepInvariantBroken("rows"))
+PASSING = (
+    None,
+    RuntimeError("connection closed by peer [10.0.0.1]:5"),
+    OSError("eio"),
+    Hang("rank 1"),
+    SaveFailed("x"),
+)
+STEPS = strategies.integers(1, 40) | strategies.none()
+
+
+def ends(errors: Sequence[BaseException | None]) -> strategies.SearchStrategy[list[tuple[Any, int | None, int]]]:
+    """(error, its step, steps that are committed on top) of attempts."""
+    return strategies.lists(
+        strategies.tuples(strategies.sampled_from(errors), STEPS, strategies.integers(0, 5)), min_size=1, max_size=40
+    )
+
+
+def history(of: Sequence[tuple[Any, int | None, int]], *, gain: Callable[[int], int]) -> list[AttemptEnd]:
+    found, committed = [], 0
+    for error, step, more in of:
+        report = WorkerError.of(0, error, step=step) if error is not None else None
+        found.append(AttemptEnd(EndKind.FAILED, committed, committed + gain(more), report, "rank 1 was lost"))
+        committed += gain(more)
+    return found
+
+
+@given(ends((*PASSING, NonFiniteAgain("nan"))), strategies.integers(0, 6))
+def test_without_progress_it_ends(of: list[tuple[Any, int | None, int]], limit: int) -> None:
+    whole = history(of, gain=lambda more: 0)
+    actions = [decide(whole[:n], limit, stop_wanted=False).action for n in range(1, len(whole) + 1)]
+    assert all(found == Action.FAIL for found in actions[limit:])
+
+
+@given(ends(PASSING), strategies.integers(0, 6))
+def test_with_progress_it_never_ends(of: list[tuple[Any, int | None, int]], limit: int) -> None:
+    whole = history(of, gain=lambda more: more + 1)
+    assert all(decide(whole[:n], limit, stop_wanted=False).action == Action.RETRY for n in range(1, len(whole) + 1))
+
+
+@given(ends(PASSING), strategies.sampled_from(FATAL), STEPS, strategies.integers(0, 6), strategies.booleans())
+def test_what_is_fatal_is_never_retried(
+    of: list[tuple[Any, int | None, int]], fatal: BaseException, step: int | None, limit: int, stop: bool
+) -> None:
+    whole = [
+        *history(of, gain=lambda more: more),
+        AttemptEnd(EndKind.FAILED, 0, 99, WorkerError.of(0, fatal, step=step)),
+    ]
+    assert decide(whole, limit, stop_wanted=stop).action not in (Action.RETRY, Action.FINISH)

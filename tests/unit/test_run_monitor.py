@@ -37,7 +37,7 @@ def at(step: int, **more: Any) -> Progress:
     """After ``step`` steps of 6 rows, 600 tokens, 100 of them trained, and 0.5 s each; every fifth waits for a save."""
     work = {"rows_consumed": 6 * step, "tokens": 600 * step, "trained_tokens": 100 * step}
     seconds = {"optimizer": 0.5 * step, "checkpoint": 0.25 * (step // 5)}
-    return Progress(step=step, **work, seconds=seconds, last_loss=2.0, **more)
+    return Progress(step=step, **work, seconds=seconds, last_loss=2.0, skipped_steps=step // 10, **more)
 
 
 def manifest_of(step: int, size: int = 1000) -> CheckpointManifest:
@@ -106,6 +106,7 @@ def test_steps_lost_between_attempts_are_counted() -> None:
         "baton_trained_tokens": 23 * 100,
         "baton_restarts": 1,
         "baton_lost_steps": 3,
+        "baton_skipped_steps": 2,
         "baton_checkpoints": 4,
         "baton_checkpoint_bytes": 4000,
         "baton_checkpoint_seconds": 1.0,
