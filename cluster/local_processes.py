@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -146,7 +148,12 @@ def _worker(spec: dict[str, object], environment: Mapping[str, str]) -> None:
     from trainer.worker import run_worker
 
     torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP was loaded before it could be told
-    run_worker(WorkerSpec.model_validate(spec))
+    try:
+        run_worker(WorkerSpec.model_validate(spec))
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at once: the others wait for this rank as long as a thread that does not end keeps its process
 
 
 def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:
