@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,6 +46,7 @@ PAUSE_S = 0.15
 """Before each step: enough for the save or the record of the one before it, so that what is lost is not chance."""
 DEADLINE_S = 240
 
+_CONFIGURATION = re.compile(r"^model:\n.*?^init_from: .*?\n", re.MULTILINE | re.DOTALL)
 Install = Callable[[], object]
 """Called in the driver's fork, before the command."""
 Verb = Callable[[Sequence[str]], int]
@@ -119,8 +121,8 @@ class Trial:
 
     @property
     def log(self) -> str:
-        """What all commands and workers said."""
-        return (self.folder / "log").read_text()
+        """What all commands and workers said, but for the configurations."""
+        return _CONFIGURATION.sub("", (self.folder / "log").read_text())
 
     @property
     def newest(self) -> CheckpointRef:
@@ -143,7 +145,7 @@ class Trial:
 
     def _be_the_driver(self, installs: Sequence[Install], verb: Verb, arguments: Sequence[str]) -> None:
         """Never returns."""
-        code = 70
+        code = 1
         try:
             os.setsid()
             descriptor = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -154,6 +156,8 @@ class Trial:
                 install()
             pause_before_steps()
             code = run_verb(verb, ["--config", str(self.config), *arguments])
+        except BaseException:
+            traceback.print_exc()
         finally:
             sys.stdout.flush()
             os._exit(code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.faults import computing, inputs, launchers, processes, storage, stuck
+from tests.faults import computing, inputs, launchers, nodes, processes, storage, stuck
 from tests.faults.bench import Bench, Result
 
 
@@ -25,7 +25,7 @@ class Fault:
 
 FAULTS = (
     Fault(1, "SIGKILL of rank 0", "at a step", processes.kill_rank_0, fast=True),
-    Fault(2, "SIGKILL of another rank", "at a step", processes.kill_rank_1, fast=True),
+    Fault(2, "SIGKILL of another rank", "at a step", processes.kill_rank_1),
     Fault(
         3,
         "SIGTERM, and then the grace ends",
@@ -65,7 +65,7 @@ FAULTS = (
     Fault(
         12,
         "kill at every write point of a save",
-        "SIGKILL at seven of them; `make chaos`: at every one",
+        "SIGKILL at five of them; `make chaos`: at every one",
         storage.kill_while_saving,
         tests=("integration/test_chaos.py",),
     ),
@@ -98,7 +98,7 @@ FAULTS = (
     Fault(
         17,
         "I/O error, read-only directory",
-        "EIO from one write; a file system that becomes read-only",
+        "EIO from one write; from a step on EROFS from all (fault points)",
         storage.disk_fails,
         tests=("integration/test_saving.py",),
     ),
@@ -157,24 +157,31 @@ FAULTS = (
         launchers.head_dies,
         tests=("integration/test_disturbed_run.py",),
     ),
-    Fault(26, "raylet death", "SIGKILL of a node's raylet", tests=("integration/test_many_nodes.py",)),
-    Fault(27, "drain notice", "`ray drain-node` with a deadline", tests=("integration/test_many_nodes.py",)),
+    Fault(
+        26, "raylet death", "SIGKILL of a node's raylet", nodes.raylet_dies, tests=("integration/test_many_nodes.py",)
+    ),
+    Fault(
+        27, "drain notice", "`ray drain-node` with a deadline", nodes.drain, tests=("integration/test_many_nodes.py",)
+    ),
     Fault(
         28,
         "shrink",
         "a node of two is lost, and the run goes on with one worker",
+        nodes.shrink,
         tests=("integration/test_many_nodes.py", "integration/test_resize.py"),
     ),
     Fault(
         29,
         "grow",
         "a node joins, and the run makes way for two workers",
+        nodes.grow,
         tests=("integration/test_many_nodes.py", "integration/test_resize.py"),
     ),
     Fault(
         30,
         "below the minimum of workers",
-        "fewer nodes than cluster.workers.min",
+        "of two nodes one is lost, cluster.workers.min is 2, and no other comes in time",
+        nodes.below_minimum,
         tests=("integration/test_ray_job.py",),
     ),
     Fault(
@@ -211,9 +218,7 @@ FAULTS = (
         tests=("integration/test_nonfinite.py",),
     ),
     Fault(37, "corrupt Arrow shard", "one bit of the training data's shard", inputs.corrupt_shard),
-    Fault(
-        38, "dataset changed since the checkpoint", "a record is added to the source", inputs.changed_dataset, fast=True
-    ),
+    Fault(38, "dataset changed since the checkpoint", "a record is added to the source", inputs.changed_dataset),
     Fault(39, "reader thread death", "the thread that reads shards ahead raises IndexError", inputs.reader_thread_dies),
     Fault(
         40,

@@ -12,7 +12,7 @@ from typing import Any
 from data_shards.reading.shard_reader import SplitReader
 from launch.exit_codes import ExitCode
 from tests.faults import storage
-from tests.faults.bench import AT, Bench, Fired, Result, rank, steps_done
+from tests.faults.bench import EVERY, Bench, Fired, Result, rank, steps_done
 from tests.faults.processes import survives
 from tests.faults.storage import CUT_AT
 
@@ -75,7 +75,8 @@ def reader_thread_dies(bench: Bench) -> Result:
         prefetch = SplitReader.prefetch
 
         def disturbed(self: SplitReader, rows: Any) -> None:
-            if rank() == 1 and steps_done() == AT and mark.fire(AT):
+            # Rows are asked for four steps ahead, and before the step is counted.
+            if rank() == 1 and steps_done() == EVERY + 1 and mark.fire(EVERY + 2):
                 self._ahead.add([(10**6, 0)])
             prefetch(self, rows)
 
@@ -109,12 +110,13 @@ def hostile(bench: Bench) -> Result:
     config |= {"model_type": "harmful", "auto_map": {"AutoConfig": "harmful.C", "AutoModelForCausalLM": "harmful.M"}}
     (coded / "config.json").write_text(json.dumps(config))
     (coded / "harmful.py").write_text(f"from pathlib import Path\nPath({str(proof)!r}).touch()\n")
-    code = trial.give(arguments=[f"model.base={coded}", "run.name=coded"])
-    assert code in (ExitCode.BAD_INPUT, ExitCode.FAILED) and not proof.exists(), trial.log
+    assert trial.give(arguments=[f"model.base={coded}", "run.name=coded"]) == ExitCode.BAD_INPUT, trial.log
+    assert "contains custom code" in trial.log and "model.trust_remote_code=true" in trial.log, trial.log
+    assert not proof.exists(), "something of them was executed"
     result = storage.path_traversal(bench)
     return Result(
-        f"pickled weights: refused with exit code 2; code that comes with a model: refused with exit code {code}; "
-        f"nothing of either ran. A manifest that points outside: {result.outcome}",
+        "pickled weights, and a model that comes with code: refused with exit code 2, and nothing of either ran; a "
+        f"manifest that points outside: {result.outcome}",
         result.lost_steps,
         result.recovery_s,
     )

@@ -85,7 +85,7 @@ def zombie(bench: Bench) -> Result:
 
     result = survives(trial, at_step(mark, fail), install, said="RuntimeError: made by the fault suite")
     assert not met.exists(), "the next attempt met the old worker"
-    return Result(f"{result.outcome}; the old worker was killed before", result.lost_steps, result.recovery_s)
+    return Result(f"{result.outcome}; the old worker was gone before", result.lost_steps, result.recovery_s)
 
 
 def straggler(bench: Bench) -> Result:

@@ -36,15 +36,19 @@ catalogue, `tests/faults/catalogue.py`.
 
 
 def page(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Args: rows: of a report, one a fault. Raises AssertionError where it is not of this catalogue (pure)."""
-    by_number = {row["number"]: row for row in rows}
+    """Args: rows: of a report, one a fault; those that other tests inject, too, may be missing.
+
+    Raises AssertionError where it is not of this catalogue (pure).
+    """
+    elsewhere = {fault.number: {"number": fault.number, "state": "elsewhere"} for fault in FAULTS if fault.tests}
+    by_number = elsewhere | {row["number"]: row for row in rows}
     assert by_number.keys() == {fault.number for fault in FAULTS}, "the report is not of this catalogue; run it again"
     days = sorted({row["at"] for row in rows})
     when = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
-    states = [row["state"] for row in rows]
+    states = [row["state"] for row in by_number.values()]
     summary = (
-        f"Run on {when}, on 2 cores without a GPU, shared with other work: {states.count('survived')} of {len(rows)} "
-        f"injected and survived, {states.count('elsewhere')} tried by other tests"
+        f"Run on {when}, on 2 cores without a GPU, shared with other work: {states.count('survived')} of "
+        f"{len(FAULTS)} injected and survived, {states.count('elsewhere')} tried by other tests"
     )
     for state in ("failed", "not here"):
         if state in states:
