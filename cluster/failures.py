@@ -13,6 +13,8 @@ from trainer.run_directory import WorkerError
 MOST_SAME_FAILURES = 3
 """at one step, with nothing committed in between"""
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
+_OF_A_PEER = re.compile(r"/gloo/|\bNCCL\b|ProcessGroup|[Cc]onnection (?:closed|reset) by (?:remote )?peer")
+"""What a collective says where another rank has gone: its end is the cause, not this."""
 
 
 class EndKind(StrEnum):
@@ -52,13 +54,14 @@ class Decision:
 
 
 def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
-    """The error that explains the rest: one raised on purpose before the collective errors that it caused elsewhere, a
-    hang that names ranks before one that does not; and before it, what those ranks themselves left."""
+    """The error that explains the rest: one raised on purpose, or by chance, before the collective errors that it
+    caused elsewhere, a hang that names ranks before one that does not; and before it, what those ranks themselves
+    left."""
 
     def order(e: WorkerError) -> tuple[object, ...]:
         is_hang = e.type == Hang.__name__
         special = (not e.disk_full, e.checkpoint is None, not e.corrupt, not e.recurs, not e.suspects, not is_hang)
-        return (not e.bad_input, e.retryable, *special, e.rank)
+        return (not e.bad_input, e.retryable, *special, _OF_A_PEER.search(e.message) is not None, e.rank)
 
     first = min(errors, key=order, default=None)
     if first is not None and first.suspects:

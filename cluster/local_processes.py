@@ -11,7 +11,9 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -23,6 +25,7 @@ from data_shards.errors import BadInput
 from data_shards.processes import end_with_parent
 from trainer import oom_kills
 from trainer.config import WorkerSpec
+from trainer.metrics import MetricsSink
 from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
 from trainer.stop_signal import deadline_in
 
@@ -88,7 +91,7 @@ class LocalProcesses:
         context = start_method(torch.cuda.device_count() > 0)
         environment = self._environment()
         workers = [
-            context.Process(target=_worker, args=(spec.model_dump(mode="json"), _of_rank(environment, rank)))
+            context.Process(target=run_rank, args=(spec.model_dump(mode="json"), _of_rank(environment, rank)))
             for rank in range(num_workers)
         ]
         kills_before = oom_kills.count()
@@ -142,8 +145,8 @@ def _of_rank(environment: Mapping[str, str], rank: int) -> dict[str, str]:
     return {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
-def _worker(spec: dict[str, object], environment: Mapping[str, str]) -> None:
-    """One rank, in its own process."""
+def run_rank(spec: Mapping[str, object], environment: Mapping[str, str], metrics: MetricsSink | None = None) -> None:
+    """One rank of one attempt, in a process of its own."""
     os.environ.update(environment)
     os.setsid()  # a terminal's Ctrl-C is for the driver, which asks the workers to stop and save
     end_with_parent()  # no orphan goes on training
@@ -151,8 +154,14 @@ def _worker(spec: dict[str, object], environment: Mapping[str, str]) -> None:
 
     from trainer.worker import run_worker
 
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # OpenMP was loaded before it could be told
-    run_worker(WorkerSpec.model_validate(spec))
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # OpenMP was loaded before it could be told
+    try:
+        run_worker(WorkerSpec.model_validate(spec), metrics)
+    except Exception:
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)  # at once: the others wait for this rank as long as a thread that does not end keeps its process
 
 
 def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:

@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from cluster.local_processes import GRACE_S, describe, free_port_at, start_method
+from cluster.local_processes import GRACE_S, describe, free_port_at, run_rank, start_method
 from trainer.config import WorkerSpec
 from trainer.metrics import MetricsSink, Report
 
@@ -134,7 +134,7 @@ def _run_child(order: Order, environment: Mapping[str, str], board: Any) -> str:
 
     context = start_method(environment.get("CUDA_VISIBLE_DEVICES", "") != "")
     reports, sending = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(order.spec, dict(environment), sending))
+    child = context.Process(target=run_rank, args=(order.spec, dict(environment), _PipeSink(sending)))
     with _without_main_file():
         child.start()
     sending.close()
@@ -181,20 +181,6 @@ class _PipeSink:
     def send(self, report: Report) -> None:
         with suppress(OSError, ValueError):
             self._pipe.send_bytes(pickle.dumps(report))
-
-
-def _child(spec: dict[str, Any], environment: Mapping[str, str], reports: Connection) -> None:
-    """One rank of one attempt, in its own process."""
-    from data_shards.processes import end_with_parent
-    from trainer.worker import run_worker
-
-    os.environ.update(environment)
-    end_with_parent()
-    if threads := environment.get("OMP_NUM_THREADS"):
-        import torch
-
-        torch.set_num_threads(int(threads))  # OpenMP was loaded before it could be told
-    run_worker(WorkerSpec.model_validate(spec), _PipeSink(reports))
 
 
 class Session:

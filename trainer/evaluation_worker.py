@@ -101,7 +101,7 @@ def evaluate_model(spec: WorkerSpec, pulse: Pulse) -> EvaluationResult:
     dataset = Storage.at(spec.dataset_uri)
     source = SplitReader(dataset, read_dataset_manifest(dataset), task.split)
     started = time.perf_counter()
-    result = evaluate(engine, source, spec.trainer.evaluation.micro_batch, partial(pulse.beat, Phase.EVALUATION))
+    result = evaluate(engine, source, spec.trainer.evaluation.micro_batch, beat=partial(pulse.beat, Phase.EVALUATION))
     seconds = time.perf_counter() - started
     if engine.rank == 0:
         record = {

@@ -83,10 +83,17 @@ def check_base_directory(path: Path, *, needs_weights: bool) -> None:
 
 
 def model_config(path: Path, config: ModelConfig) -> Any:
-    """The transformers config of the base, with our overrides. A wrong override's name is refused."""
+    """The transformers config of the base, with our overrides. A wrong override's name is refused, and so is a base
+    that comes with code, unless it is trusted."""
     from transformers import AutoConfig
 
-    hf_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    try:
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
+    except ValueError as error:
+        said = str(error).split("\n")[0]
+        advice = "If you have read that code and trust it: model.trust_remote_code=true"
+        problem = f"{said} {advice}" if "trust_remote_code" in str(error) else said
+        raise ModelError(f"model.base={str(path)!r}: its config.json can't be used: {problem}") from error
     for key, value in config.config_overrides.items():
         if not hasattr(hf_config, key):
             raise ModelError(f"model.config_overrides.{key}: {type(hf_config).__name__} has no such field")

@@ -79,6 +79,17 @@ def test_base_with_pickled_weights_only(workshop: Workshop, tmp_path: Path, capf
     assert "only pickled weights (pytorch_model.bin)" in message and "safetensors only" in message
 
 
+def test_base_that_comes_with_code(workshop: Workshop, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    base = copy_of_base(workshop, tmp_path, "config.json")
+    mapped = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}}
+    config = json.loads((workshop.base / "config.json").read_text()) | mapped
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "own.py").write_text(f"from pathlib import Path\nPath({str(tmp_path / 'ran')!r}).touch()\n")
+    message = refuse(capfd, tmp_path, workshop.values, f"model.base={base}")
+    assert "contains custom code" in message and "model.trust_remote_code=true" in message
+    assert not (tmp_path / "ran").exists()
+
+
 def test_missing_base(workshop: Workshop, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     message = refuse(capfd, tmp_path, workshop.values, f"model.base={tmp_path}/nowhere")
     assert "no such directory" in message and "hub id" in message

@@ -125,6 +125,14 @@ def test_root_cause_is_the_hang_that_names_ranks_or_what_those_left() -> None:
     assert root_cause([collateral, late]) == late
 
 
+def test_an_exception_comes_before_what_collectives_say_of_its_rank() -> None:
+    closed = "[pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:46283"
+    others = [RuntimeError(closed), RuntimeError("NCCL error: remote process exited or there was a network error")]
+    errors = [WorkerError.of(rank, error) for rank, error in enumerate([*others, KeyError("labels")])]
+    cause = root_cause(errors)
+    assert cause is not None and cause.rank == 2 and cause.type == "KeyError"
+
+
 def test_errors_pickle_across_processes() -> None:
     error = pickle.loads(pickle.dumps(CheckpointCorrupt("00000005-a", "block 1")))
     assert (error.checkpoint, error.problem, str(error)) == ("00000005-a", "block 1", "checkpoint 00000005-a: block 1")
