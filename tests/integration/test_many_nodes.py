@@ -1,7 +1,7 @@
 """A run on Ray nodes that come and go, each with an address and folders of its own; the head has no room for workers.
 
-In turn: a node dies, a new one joins, one is drained, one gets SIGTERM, one gives notice through the driver's port, one
-by a file and too late, and the driver is told to stop. After each the run goes on with whatever nodes there are.
+In turn: a node dies, a new one joins, one is drained by a notice at the driver's port, one gets SIGTERM, one tells by a
+file and too late, and the driver is told to stop. After each the run goes on with whatever nodes there are.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from tests.support.command import Command, RunFiles, run_here, slowed_tree, writ
 from tests.support.ray_network import BIN, Machine, Network, network
 from trainer.events import Event, read_events
 from trainer.run_directory import AttemptStart, RunDirectory
+
+pytestmark = pytest.mark.timeout(1200)
 
 RUN, EVERY, ENDLESS = "traveller", 10, 5_000
 NOTICE_PORT, NOTICE_TOKEN = 9470, "0f3c-of-this-test"
@@ -97,18 +99,6 @@ class Voyage:
         return max(json.loads(line)["step"] for line in lines)
 
 
-def ray_node(net: Network, machine: Machine) -> str:
-    """The id of the Ray node with this machine's address."""
-    script = (
-        "import ray; ray.init(address='auto', logging_level='ERROR'); "
-        f"print([n['NodeID'] for n in ray.nodes() if n['NodeManagerAddress'] == '{machine.address}'][0])"
-    )
-    command = [*net.machines[0].within(net.disk), str(BIN / "python"), "-c", script]
-    done = subprocess.run(command, env=net.environment | {"RAY_ADDRESS": net.address}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()[-1]
-
-
 def give_notice(net: Network, node: str, seconds: float, token: str) -> int:
     """Through the driver's port, from the head's machine. Returns the HTTP status."""
     script = (
@@ -165,11 +155,10 @@ def travel(voyage: Voyage, one: Machine, two: Machine) -> None:
     three = net.start_node(num_cpus=1)
     told["room for more"] = 2
     voyage.begins(3, workers=2)
-    drain = ["drain-node", f"--address={net.address}", f"--node-id={ray_node(net, three)}"]
-    why = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test", "--deadline-remaining-seconds=25"]
-    command = [*net.machines[0].within(net.disk), str(BIN / "ray"), *drain, *why]
-    subprocess.run(command, env=net.environment, check=True, capture_output=True)
-    told["drained"] = 3
+    assert give_notice(net, three.address, 25, "guessed") == 401
+    assert give_notice(net, "10.99.99.99", 25, NOTICE_TOKEN) == 404
+    assert give_notice(net, three.address, 25, NOTICE_TOKEN) == 202
+    told["drained, by a notice over HTTP"] = 3
     voyage.begins(4, workers=1)
     three.kill_all()
 
@@ -182,36 +171,27 @@ def travel(voyage: Voyage, one: Machine, two: Machine) -> None:
     four.kill_all()
 
     five = net.start_node(num_cpus=1)
-    voyage.begins(7, workers=2)
-    assert give_notice(net, five.address, 30, "guessed") == 401
-    assert give_notice(net, "10.99.99.99", 30, NOTICE_TOKEN) == 404
-    assert give_notice(net, five.address, 30, NOTICE_TOKEN) == 202
-    told["notice by HTTP"] = 7
+    start = voyage.begins(7, workers=2)
+    voyage.wait_for(rf"committed step {EVERY * (start // EVERY + 1)}:")
+    (five.disk / "leaving").write_text("0")
+    told["notice by a file, too late"] = 7
     voyage.begins(8, workers=1)
     five.kill_all()
 
-    six = net.start_node(num_cpus=1)
-    start = voyage.begins(9, workers=2)
-    voyage.wait_for(rf"committed step {EVERY * (start // EVERY + 1)}:")
-    (six.disk / "leaving").write_text("0")
-    told["notice by a file, too late"] = 9
-    voyage.begins(10, workers=1)
-    six.kill_all()
-
     assert voyage.command is not None
     voyage.command.process.send_signal(signal.SIGTERM)
-    told["SIGTERM to the driver"] = 10
+    told["SIGTERM to the driver"] = 8
     assert voyage.command.finish(60) == 75, voyage.command.output
     voyage.output = voyage.command.output
-    reached = voyage.last_step(10)
+    reached = voyage.last_step(8)
     voyage.submit(f"training.steps={reached + 15}")
     assert voyage.command.finish(120) == 0, voyage.command.output
 
 
 def test_it_goes_on_with_the_nodes_there_are(voyage: Voyage) -> None:
     workers = [start.num_workers for start in voyage.attempts()]
-    assert workers == [2, 1, 2, 1, 2, 1, 2, 1, 2, 1, 1]
-    assert voyage.files.result["status"] == "finished" and voyage.files.result["attempts"] == 11
+    assert workers == [2, 1, 2, 1, 2, 1, 2, 1, 1]
+    assert voyage.files.result["status"] == "finished" and voyage.files.result["attempts"] == 9
 
 
 def test_ranks_are_on_machines_of_their_own_and_none_on_the_head(voyage: Voyage) -> None:
@@ -222,7 +202,8 @@ def test_ranks_are_on_machines_of_their_own_and_none_on_the_head(voyage: Voyage)
 
 
 @pytest.mark.parametrize(
-    "befell", ["room for more", "drained", "SIGTERM to `ray start --block`", "notice by HTTP", "SIGTERM to the driver"]
+    "befell",
+    ["room for more", "drained, by a notice over HTTP", "SIGTERM to `ray start --block`", "SIGTERM to the driver"],
 )
 def test_with_notice_no_step_is_lost(voyage: Voyage, befell: str) -> None:
     number = voyage.told[befell]
@@ -233,7 +214,7 @@ def test_with_notice_no_step_is_lost(voyage: Voyage, befell: str) -> None:
 
 
 def test_deadlines_are_known(voyage: Voyage) -> None:
-    for befell, seconds in (("drained", 25), ("SIGTERM to `ray start --block`", 30), ("notice by HTTP", 30)):
+    for befell, seconds in (("drained, by a notice over HTTP", 25), ("SIGTERM to `ray start --block`", 30)):
         (notice,) = [event for event in voyage.events(voyage.told[befell]) if event.kind == "notice"]
         assert seconds - 6 < notice.details["deadline"] - notice.at <= seconds + 1, befell
 
