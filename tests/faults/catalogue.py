@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         25,
         "head or controller death",
-        "SIGKILL of the driver; SIGKILL of the control store of Ray's head",
-        launchers.head_dies,
+        "SIGKILL of the driver at a step",
+        processes.kill_driver,
         tests=("integration/test_disturbed_run.py",),
     ),
     Fault(

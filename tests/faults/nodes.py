@@ -114,7 +114,7 @@ def below_minimum(bench: Bench) -> Result:
     return Result(
         "waits for cluster.wait_for_room_s, then stops with exit code 75: “the cluster had no room for the workers in "
         "time …”; given again with another node, the same end, bit for bit",
-        result.lost_steps,
+        reached - trial.story.attempts[-1].from_step,
         result.recovery_s,
     )
 
