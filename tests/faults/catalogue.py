@@ -161,7 +161,11 @@ FAULTS = (
         26, "raylet death", "SIGKILL of a node's raylet", nodes.raylet_dies, tests=("integration/test_many_nodes.py",)
     ),
     Fault(
-        27, "drain notice", "`ray drain-node` with a deadline", nodes.drain, tests=("integration/test_many_nodes.py",)
+        27,
+        "drain notice",
+        "a drain of a node in Ray, with a deadline",
+        nodes.drain,
+        tests=("integration/test_many_nodes.py",),
     ),
     Fault(
         28,
