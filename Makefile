@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 export RAY_AUTH_MODE ?= disabled
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test test-unit lint format bench bench-gpu chaos faults schema clean
+.PHONY: install quickstart test test-unit lint format bench bench-gpu chaos faults soak schema clean
 
 install: $(DEV_STAMP)
 
@@ -49,6 +49,10 @@ schema: $(STAMP)
 # Kills runs at every place where they touch a file: hours. CHAOS_ARGS="--sample 100 --seed 1 --kinds kill".
 chaos: $(DEV_STAMP)
 	$(BIN)/python -m tests.support.chaos $(CHAOS_ARGS)
+
+# One run for hours under random faults. SOAK_ARGS="--minutes 10 --seed 2 --launcher ray".
+soak: $(DEV_STAMP)
+	$(BIN)/python -m tests.support.soak $(SOAK_ARGS)
 
 # Every fault of the catalogue in a run of its own, and docs/reliability.md anew: minutes. FAULTS_ARGS="13 16": just these.
 faults: $(DEV_STAMP)

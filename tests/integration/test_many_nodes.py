@@ -225,7 +225,8 @@ def test_without_notice_the_steps_since_the_last_commit_are_lost(voyage: Voyage)
     assert voyage.output is not None
     before, _, _ = voyage.output.partition("attempt 1 failed")
     reached = int(re.findall(r"step (\d+)/\d+  loss", before)[-1])
-    assert start % EVERY == 0 and 0 < reached - start <= EVERY + 1
+    # What rank 0 printed last may have gone with its node; what it committed has not.
+    assert start % EVERY == 0 and start >= EVERY and reached - start <= EVERY + 1
 
 
 def test_where_there_is_no_time_nothing_is_torn(voyage: Voyage) -> None:
