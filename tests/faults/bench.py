@@ -324,7 +324,7 @@ class Bench:
     def __init__(self, root: Path) -> None:
         self.root = root
         # The libraries are imported, and no thread of theirs runs in this process: workers can be forks of it.
-        cluster.local_processes._context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
+        cluster.local_processes.start_method = lambda use_gpu: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
         rows = records(120, seed=3)
         write_jsonl(root / "train.jsonl", rows[10:])
         write_jsonl(root / "validation.jsonl", rows[:10])

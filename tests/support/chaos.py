@@ -224,8 +224,8 @@ def _lost_work(log: str) -> str:
 
 def run_all(root: Path, kinds: list[Kind], sample: int | None, seed: int, say: Callable[[str], None] = print) -> int:
     """Returns the number of cases that failed; their folders stay."""
-    cluster.local_processes._context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
-    cluster.local_processes._GRACE_S = 0.5
+    cluster.local_processes.start_method = lambda use_gpu: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
+    cluster.local_processes.GRACE_S = 0.5
     saves_end_before_the_next_step()
     bench = Bench(root)
     assert bench.submit(root / "first", {}) == 0, (

@@ -47,14 +47,14 @@ def install(
     """Args: mark: file that is made when the fault fires; where it is there, it does not fire again."""
     value = {"fault": fault, "rank": rank, "step": step, "mark": str(mark), **options}
     monkeypatch.setenv(_VARIABLE, json.dumps(value))
-    monkeypatch.setattr(cluster.local_processes, "_worker", _faulty_worker)
+    monkeypatch.setattr(cluster.local_processes, "run_rank", _faulty_rank)
 
 
-def _faulty_worker(spec: dict[str, object], environment: dict[str, str]) -> None:
+def _faulty_rank(spec: dict[str, object], environment: dict[str, str]) -> None:
     wanted = json.loads(environment[_VARIABLE])
     if wanted["rank"] in (None, int(environment["RANK"])):
         _FAULTS[Fault(wanted["fault"])](wanted)
-    cluster.local_processes._worker(spec, environment)
+    cluster.local_processes.run_rank(spec, environment)
 
 
 def before_step(step: int, action: Callable[[], object]) -> None:
