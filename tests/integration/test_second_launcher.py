@@ -65,7 +65,7 @@ def test_one_launcher_after_another(workshop: Workshop, values: dict[str, Any], 
         second.wait_for(rf"carrying on in place of .* pid {first.process.pid}")
         second.wait_for(rf"step 16/{STEPS} ")
         assert "looking whether it is alive" not in second.output, "its pid is gone; nothing was to be waited for"
-        assert re.search(r"attempt 2 \(\w+\): resuming from step 7\n", second.output)
+        assert re.search(r"attempt 2 \(\w+\): resuming from step 7,", second.output)
         second.process.send_signal(signal.SIGSTOP)  # its workers go on
         third = run_here(finetune.main, "--config", config, "--take-over")
         assert third.code == 0, third.output
