@@ -19,6 +19,10 @@ class WorkerLauncher(Protocol):
         """Called once, before data is prepared. Raises BadInput, saying what is wanted and what there is."""
         ...
 
+    def check_reach(self, spec: WorkerSpec, say: Say) -> None:
+        """Called once, before the first attempt. Raises BadInput where machines lack what ``spec`` names."""
+        ...
+
     def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> int:
         """Called before each attempt: block until its workers could be placed. Returns how many; 0: cancelled, or
         waited too long."""

@@ -110,6 +110,9 @@ class LocalProcesses:
 
         return look
 
+    def check_reach(self, spec: WorkerSpec, say: Say) -> None:
+        """There is but this machine."""
+
     def leave(self, node: str, request: StopRequest) -> None:
         """There is no other."""
 

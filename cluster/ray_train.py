@@ -15,6 +15,7 @@ from typing import Any
 from cluster import ray_nodes
 from cluster.config import ClusterConfig, MetricsConfig, WorkerBounds
 from cluster.notice_server import NoticeServer
+from cluster.ray_reach import check_reach
 from cluster.ray_session import Session, open_board, supervise
 from cluster.ray_watch import Watch
 from cluster.run_monitor import Monitor, NoMonitor, start_monitor
@@ -33,6 +34,11 @@ _IN_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def in_ray_job() -> bool:
     """Whether this process is the driver of a ``ray job submit``."""
     return _IN_JOB_MARK in os.environ
+
+
+def has_cluster() -> bool:
+    """Whether there is one around us, so that none is started here."""
+    return in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
 
 
 def _fulfil(future: Future[Any], action: Callable[[], Any]) -> None:
@@ -67,7 +73,7 @@ def connect(slots: int) -> bool:
     # Ray Train would else show every line that a worker prints twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
-    if in_ray_job() or os.environ.get("RAY_ADDRESS"):
+    if has_cluster():
         ray.init(address="auto", log_to_driver=True)
         return False
     # Else one idle worker a CPU, of no use to training, whose workers get an environment of their own.
@@ -197,6 +203,10 @@ class RayTrain:
             yield lambda seconds: bool(group.wait(seconds))
         finally:
             remove_placement_group(group)
+
+    def check_reach(self, spec: WorkerSpec, say: Say) -> None:
+        nodes = [node for node, has in ray_nodes.staying().items() if ray_nodes.bundles_that_fit([has], self._bundle())]
+        check_reach(nodes, spec, say)
 
     def open_monitor(self, run: str, run_uri: str, config: MetricsConfig) -> Monitor:
         if config.port:

@@ -116,10 +116,10 @@ class DataConfig(ConfigModel):
         None, ge=1, description="Processes that prepare; default one per core, fewer for little data."
     )
 
-    spread: bool = Field(
-        False,
-        description="Prepare on all nodes of the Ray cluster, a group of files at a time; all must see sources and "
-        "the storage.",
+    spread: bool | None = Field(
+        None,
+        description="Prepare by CPU tasks on all nodes of the Ray cluster, a group of files each; default: if there is "
+        "one whose nodes all see sources and the storage.",
     )
 
     @model_validator(mode="after")

@@ -33,8 +33,8 @@ from launch.exit_codes import ExitCode
 from launch.job import prepare_data
 from launch.places import open_run
 from launch.torchrun import agree
+from trainer.base_location import locate_base
 from trainer.config import EvaluationTask, WorkerSpec
-from trainer.model import locate_base
 from trainer.run_directory import RunDirectory, read_json
 from trainer.worker import run_worker
 
@@ -109,6 +109,7 @@ def make_spec(config: Config, request: Request) -> WorkerSpec:
 def run_evaluation(spec: WorkerSpec, launcher: WorkerLauncher) -> dict[str, Any]:
     """The result that the workers wrote. Raises what they failed with: BadInput, or EvaluationFailed."""
     launcher.check_capacity()
+    launcher.check_reach(spec, say)
     num_workers = launcher.wait_for_room(lambda: False, say)
     if not num_workers:
         raise EvaluationFailed("there was no room for the workers in time (cluster.wait_for_room_s); try again later")

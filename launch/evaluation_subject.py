@@ -15,10 +15,11 @@ from data_shards.errors import BadInput
 from data_shards.manifest import DatasetManifest
 from launch.config import Config
 from launch.places import at_commit, check_adapter_base, newest_checkpoint, open_run
+from trainer.base_location import check_base_directory
 from trainer.checkpoint import CheckpointRef
 from trainer.config import LoraConfig, Method, ModelConfig, TrainerConfig, TrainingConfig
 from trainer.export import ADAPTER_FILE
-from trainer.model import check_base_directory, model_config
+from trainer.model import model_config
 from trainer.run_directory import read_json
 
 _PLAIN_LORA = {

@@ -16,10 +16,10 @@ from launch.cli import config_from, config_parser, run_verb, say
 from launch.config import Config
 from launch.exit_codes import ExitCode
 from launch.places import check_adapter_base, newest_checkpoint, open_run
+from trainer.base_location import locate_base
 from trainer.config import Method
 from trainer.export import ExportSource, export_adapter, export_full, export_merged
 from trainer.export_plan import ExportKind
-from trainer.model import locate_base
 from trainer.run_directory import RunDirectory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

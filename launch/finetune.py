@@ -114,6 +114,7 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
         say(f"the run is finished: step {standing.newest.step if standing.newest else 0} is its last; nothing to do")
         write_result(job, standing.newest, Action.FINISH.value, reason)
         return Action.FINISH
+    launcher.check_reach(job.spec("", standing.newest), say)
     monitor = launcher.open_monitor(job.config.run.name, job.run.storage.uri, job.config.metrics)
     ended = RunState.FAILED
     try:

@@ -24,8 +24,9 @@ from launch.config import Config
 from launch.exit_codes import ExitCode
 from launch.export import export_run, find_export
 from launch.places import newest_checkpoint, open_run
+from trainer.base_location import locate_base
 from trainer.config import Method
-from trainer.model import build_model, locate_base
+from trainer.model import build_model
 
 
 @dataclass(frozen=True)

@@ -9,21 +9,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from cluster.config import Launcher
 from data_shards.encoding.encoder import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
 from data_shards.order.mixture import MIXTURE_VERSION
 from data_shards.order.sampler import Sampler
 from data_shards.prepare import TRAIN, Prepared, prepare
 from data_shards.storage import Storage
+from launch.cli import under_torchrun
 from launch.compatibility import allowed, differences, refused
 from launch.config import Config
 from launch.export import export_run, missing_exports
 from launch.places import at_commit, base_notes, newest_checkpoint, open_run_to_write
 from trainer.base_identity import BaseIdentity, base_identity, refuse_other_base
+from trainer.base_location import locate_base
 from trainer.checkpoint import CheckpointRef, read_manifest
 from trainer.checkpoint_manifest import Progress
 from trainer.config import Method, WorkerSpec
-from trainer.model import locate_base, max_positions, model_config
+from trainer.model import max_positions, model_config
 from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
 from trainer.survey import durable_checkpoints, newest_usable
 from trainer.versions import versions
@@ -122,13 +125,21 @@ def prepare_data(config: Config, base: Path, say: Say) -> Prepared:
     """Raises DataError, with file and line where it can."""
     check_length(config, model_config(base, config.model))
     encoder, root = make_encoder(config, base), datasets_root(config)
-    if not config.data.spread:
+    if not (config.data.spread or (config.data.spread is None and _has_ray_cluster(config))):
         return prepare(config.data, encoder, root, report=say)
-    from cluster.ray_prepare import write_tasks_on_ray
+    from cluster.ray_prepare import write_tasks_on_ray, write_tasks_where_they_can_be
     from cluster.ray_train import connected
 
+    write = write_tasks_on_ray if config.data.spread else write_tasks_where_they_can_be
     with connected():
-        return prepare(config.data, encoder, root, write=write_tasks_on_ray, report=say)
+        return prepare(config.data, encoder, root, write=write, report=say)
+
+
+def _has_ray_cluster(config: Config) -> bool:
+    """Whether workers run on machines of a cluster, so that the driver's need not be made for work."""
+    from cluster.ray_train import has_cluster
+
+    return config.cluster.launcher == Launcher.RAY and has_cluster() and not under_torchrun()
 
 
 def make_encoder(config: Config, base: Path) -> Encoder:

@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # as a script: `python launch/prepare.py`
 from launch.cli import config_from, config_parser, run_verb, say
 from launch.exit_codes import ExitCode
 from launch.job import prepare_data
-from trainer.model import locate_base
+from trainer.base_location import locate_base
 
 
 def main(arguments: Sequence[str]) -> int:

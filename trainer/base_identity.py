@@ -21,9 +21,9 @@ import xxhash
 from data_shards.errors import CorruptFile
 from data_shards.hashed_file import BLOCK_BYTES
 from data_shards.storage import Storage
+from trainer.base_location import weight_files
 from trainer.config import ModelConfig
 from trainer.errors import ModelError
-from trainer.model import weight_files
 from trainer.run_directory import read_json, write_json
 
 NOTES = "base-identities"

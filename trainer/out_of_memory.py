@@ -14,9 +14,10 @@ import torch
 from data_shards.config import DataConfig
 from data_shards.errors import BatonError
 from trainer.activation_memory import Device
+from trainer.base_location import locate_base
 from trainer.config import TrainerConfig, WorkerSpec
 from trainer.memory_plan import GIB, MemoryPlan, Workload, memory_plan
-from trainer.model import locate_base, model_config
+from trainer.model import model_config
 from trainer.model_shape import model_shape
 from trainer.pulse import Phase, Pulse
 

@@ -153,8 +153,8 @@ FAULTS = (
     Fault(
         25,
         "head or controller death",
-        "SIGKILL of the driver at a step",
-        processes.kill_driver,
+        "SIGKILL of the driver at a step; of Ray's control store (`gcs_server`) under a run of Ray's workers",
+        launchers.head_dies,
         tests=("integration/test_disturbed_run.py",),
     ),
     Fault(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import datetime
+import os
+import re
+import signal
 import socket
 import time
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import trainer.run_directory
 from launch.exit_codes import ExitCode
-from tests.faults.bench import AT, Bench, Mark, Result, Trial, before_steps, rank
+from tests.faults.bench import AT, EVERY, STEPS, Bench, Fired, Mark, Result, Trial, before_steps, rank
+from tests.faults.processes import kill_driver
 from tests.support.command import Command, slowed_tree
 
 DAY_S = 86_400.0
@@ -66,10 +72,16 @@ def second_launcher(bench: Bench) -> Result:
     )
 
 
-def under_ray(trial: Trial) -> Command:
-    """The command as a process of its own, with a Ray of its own; its steps take a little."""
-    tree = slowed_tree(trial.folder, 0.3)
-    return Command("finetune", "--config", str(trial.config), tree=tree, cwd=trial.folder)
+def under_ray(trial: Trial, step_s: float = 0.3, **environment: str) -> Command:
+    """The command as a process of its own, with a Ray of its own; its steps take so many seconds longer."""
+    tree = trial.folder / "slowed"
+    return Command(
+        "finetune",
+        *("--config", str(trial.config)),
+        tree=tree if tree.exists() else slowed_tree(trial.folder, step_s),
+        cwd=trial.folder,
+        **environment,
+    )
 
 
 RAY = {"launcher": "ray", "num_workers": 2, "cpus_per_worker": 0.5}
@@ -87,3 +99,52 @@ def metrics_port_taken(bench: Bench) -> Result:
     return Result(
         "the same end, bit for bit, in one attempt; told: “metrics: … can't be taken yet … choose another”", 0
     )
+
+
+def head_dies(bench: Bench) -> Result:
+    """The driver is killed; then, in a run of its own, what Ray's head runs: its control store."""
+    driver = kill_driver(bench)
+    trial = bench.trial("head", cluster=RAY, metrics={"port": 0})
+    # Without its store Ray's processes go on for a minute; here steps are slow, and that is short.
+    first = under_ray(trial, 1.5, RAY_gcs_rpc_server_reconnect_timeout_s="2")
+    try:
+        first.wait_for(rf"step {AT}/{STEPS} ")
+        stores = [pid for pid in _descendants(first.process.pid) if "gcs_server" in _command_line(pid)]
+        assert len(stores) == 1, stores
+        began = time.time()
+        os.kill(stores[0], signal.SIGKILL)
+        code = first.finish(120)
+    finally:
+        first.kill()
+    assert code != ExitCode.DONE, first.output
+    reached = max(int(step) for step in re.findall(rf"step (\d+)/{STEPS} ", first.output))
+    second = under_ray(trial)
+    assert second.finish() == ExitCode.DONE, second.output
+    result = trial.survived(Fired(reached, began, stores[0]), "")
+    assert trial.story.attempts[-1].from_step >= EVERY
+    return Result(
+        f"the driver: {driver.outcome} ({driver.lost_steps} steps lost, {driver.recovery_s:.1f} s); Ray's "
+        f"control store: the command ends (exit code {code}); given again, the same end, bit for bit",
+        reached - trial.story.attempts[-1].from_step,
+        result.recovery_s,
+    )
+
+
+def _descendants(pid: int) -> list[int]:
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    found, todo = [], [pid]
+    while todo:
+        children = [child for child, parent in parents.items() if parent == todo[0]]
+        found += children
+        todo = [*todo[1:], *children]
+    return found
+
+
+def _command_line(pid: int) -> str:
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return ""

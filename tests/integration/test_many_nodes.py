@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
-from launch import finetune
+from launch import finetune, prepare
 from tests.integration.conftest import Workshop
+from tests.integration.test_killed_prepare import contents
 from tests.support.command import Command, RunFiles, run_here, slowed_tree, write_config
 from tests.support.ray_network import BIN, Machine, Network, network
 from trainer.events import Event, read_events
@@ -33,6 +34,7 @@ NOTICE_PORT, NOTICE_TOKEN = 9470, "0f3c-of-this-test"
 
 def values_of(workshop: Workshop, **cluster: Any) -> dict[str, Any]:
     return workshop.values | {
+        "data": dict(workshop.values["data"]),
         "model": workshop.values["model"] | {"config_overrides": {}},
         "training": {"global_batch": 4, "micro_batch": 2, "steps": ENDLESS, "log_every": 1},
         "optimizer": {"lr": 1e-3, "schedule": "constant"},
@@ -53,8 +55,10 @@ class Voyage:
     tree: Path
     files: RunFiles
     command: Command | None = None
+    refused: str = ""
+    """what the command said where nodes did not see the data"""
     output: str | None = None
-    """of the first submission"""
+    """of the first submission that was not refused"""
     told: dict[str, int] = field(default_factory=dict)
     """by what befell it, the number of the attempt that it befell"""
 
@@ -127,6 +131,7 @@ def voyage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iter
             notice_file=str(net.disk / "leaving"),
             notice_port=NOTICE_PORT,
         )
+        values["data"] |= {"prepared": str(workshop.data / "prepared-by-nodes")}
         net.start_head()
         one, two = net.start_node(num_cpus=1), net.start_node(num_cpus=1)
         config = write_config(base, values, RUN)
@@ -142,6 +147,10 @@ def voyage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 def travel(voyage: Voyage, one: Machine, two: Machine) -> None:
     net, told = voyage.net, voyage.told
+    voyage.submit(f"data.prepared={net.disk / 'prepared'}")
+    assert voyage.command is not None
+    assert voyage.command.finish(120) == 2, voyage.command.output
+    voyage.refused = voyage.command.output
     voyage.submit()
     voyage.wait_for(r"attempt 1 \(\w+\)")
     voyage.begins(1, workers=2)
@@ -186,6 +195,27 @@ def travel(voyage: Voyage, one: Machine, two: Machine) -> None:
     reached = voyage.last_step(8)
     voyage.submit(f"training.steps={reached + 15}")
     assert voyage.command.finish(120) == 0, voyage.command.output
+
+
+def test_nodes_that_do_not_see_the_data_are_named_before_any_worker_is_placed(voyage: Voyage) -> None:
+    private = voyage.net.disk / "prepared"
+    assert re.search(rf"prepared where the driver runs \(10\.77\.\d+\.\d+ does not see {private}/\w+\)", voyage.refused)
+    assert "2 of 2 machines lack what their workers would need" in voyage.refused
+    for machine in voyage.net.machines[1:3]:
+        assert re.search(rf"{re.escape(machine.address)}: {private}/\w+ is not there", voyage.refused), voyage.refused
+    assert "attempt" not in voyage.refused and "Traceback" not in voyage.refused
+
+
+def test_data_is_prepared_by_the_processors_of_the_nodes(voyage: Voyage, workshop: Workshop) -> None:
+    assert voyage.output is not None
+    assert "tasks for the processors of 3 nodes" in voyage.output
+    prepared = workshop.data / "prepared-by-nodes"
+    (spread,) = [path for path in prepared.iterdir() if path.is_dir()]
+    values = values_of(workshop, launcher="processes", num_workers=1)
+    values["data"] |= {"prepared": str(workshop.data / "prepared-here")}
+    here = run_here(prepare.main, "--config", str(write_config(workshop.data, values, "prepared-here")))
+    assert here.code == 0, here.output
+    assert contents(spread) == contents(workshop.data / "prepared-here" / spread.name)
 
 
 def test_it_goes_on_with_the_nodes_there_are(voyage: Voyage) -> None:

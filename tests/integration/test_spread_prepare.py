@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import ray
 
-from cluster.ray_prepare import write_tasks_on_ray
+from cluster.ray_prepare import write_tasks_on_ray, write_tasks_where_they_can_be
 from cluster.ray_train import connect
 from data_shards.config import DataConfig
 from data_shards.encoding.encoder import Encoder
-from data_shards.errors import BadInput, DataError
+from data_shards.errors import DataError
 from data_shards.manifest import MANIFEST
-from data_shards.prepare import prepare
+from data_shards.prepare import WriteTasks, prepare
 from data_shards.storage import Storage
 from tests.integration.test_killed_prepare import contents, write_sources
 from tests.support import tokenizers as families
@@ -55,10 +55,10 @@ def encoder_of(config: DataConfig) -> Encoder:
     return Encoder(families.chatml(), config, ["<|im_end|>"])
 
 
-def spread(config: DataConfig, root: Path) -> list[str]:
+def spread(config: DataConfig, root: Path, write: WriteTasks = write_tasks_on_ray) -> list[str]:
     """In the driver. Returns what was reported."""
     lines: list[str] = []
-    prepare(config, encoder_of(config), Storage.at(root), write=write_tasks_on_ray, report=lines.append)
+    prepare(config, encoder_of(config), Storage.at(root), write=write, report=lines.append)
     return lines
 
 
@@ -103,8 +103,17 @@ def test_ray_leaves_our_warnings_alone(driver: Driver) -> None:
     assert driver(ray.is_initialized) and driver(warns)
 
 
-def test_deduplication_is_refused(driver: Driver, tmp_path: Path) -> None:
+def test_repeated_records_are_found_by_one_task(driver: Driver, tmp_path: Path) -> None:
     write_sources(tmp_path)
     config = config_of(tmp_path, cleaning={"deduplicate": True})
-    with pytest.raises(BadInput, match=r"data\.cleaning\.deduplicate needs all records in one place"):
-        driver(spread, config, tmp_path / "root")
+    lines = driver(spread, config, tmp_path / "spread")
+    assert contents(tmp_path / "spread") == locally(config, tmp_path / "local")
+    assert any("1 of 1 tasks done" in line for line in lines), lines
+
+
+def test_by_itself_where_all_nodes_see_everything(driver: Driver, tmp_path: Path) -> None:
+    write_sources(tmp_path)
+    config = config_of(tmp_path)
+    lines = driver(spread, config, tmp_path / "spread", write_tasks_where_they_can_be)
+    assert contents(tmp_path / "spread") == locally(config, tmp_path / "local")
+    assert any("7 of 7 tasks done" in line for line in lines), lines

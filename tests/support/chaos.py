@@ -222,7 +222,14 @@ def _lost_work(log: str) -> str:
     return ""
 
 
-def run_all(root: Path, kinds: list[Kind], sample: int | None, seed: int, say: Callable[[str], None] = print) -> int:
+def run_all(
+    root: Path,
+    kinds: list[Kind],
+    sample: int | None,
+    seed: int,
+    part: tuple[int, int] = (1, 1),
+    say: Callable[[str], None] = print,
+) -> int:
     """Returns the number of cases that failed; their folders stay."""
     cluster.local_processes.start_method = lambda use_gpu: multiprocessing.get_context("fork")  # type: ignore[assignment,return-value]
     cluster.local_processes.GRACE_S = 0.5
@@ -246,6 +253,8 @@ def run_all(root: Path, kinds: list[Kind], sample: int | None, seed: int, say: C
         todo += cases(points, scenario, kinds)
     assert all(state == expected[FRESH] for state in expected.values()), "undisturbed runs differ"
     chosen = todo if sample is None else random.Random(seed).sample(todo, sample)
+    number_of_part, parts = part
+    chosen = chosen[number_of_part - 1 :: parts]
     say(f"{len(todo)} cases (points x kinds), {len(chosen)} to be tried")
     failed, started = 0, time.monotonic()
     for number, case in enumerate(chosen, 1):
@@ -262,20 +271,27 @@ def run_all(root: Path, kinds: list[Kind], sample: int | None, seed: int, say: C
     return failed
 
 
+def _part(text: str) -> tuple[int, int]:
+    number, _, parts = text.partition("/")
+    if not (number.isdigit() and parts.isdigit() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no part: 1/4 to 4/4 are the four quarters")
+    return int(number), int(parts)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, help="so many cases, chosen by the seed; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", nargs="+", choices=list(Kind), default=list(Kind))
+    parser.add_argument("--part", type=_part, default=(1, 1), metavar="I/N", help="every N-th case from the I-th on")
     parser.add_argument("--folder", type=Path, help="kept afterwards; default: a temporary one")
     options = parser.parse_args()
     with contextlib.ExitStack() as stack:
         root = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         root.mkdir(parents=True, exist_ok=True)
         say = lambda line: print(line, flush=True)  # noqa: E731
-        return int(
-            run_all(root.resolve(), [Kind(kind) for kind in options.kinds], options.sample, options.seed, say) > 0
-        )
+        kinds = [Kind(kind) for kind in options.kinds]
+        return int(run_all(root.resolve(), kinds, options.sample, options.seed, options.part, say) > 0)
 
 
 if __name__ == "__main__":

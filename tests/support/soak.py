@@ -1,9 +1,9 @@
 """``make soak``: one run, for hours, under random faults from a seed; then what became of it.
 
-Kills and stops of workers and of the driver, damaged checkpoints: each a while after the run has gone on from the one
-before. In the end the run is told to stop and brought to an end, and must equal a run that was left alone: rows, losses
-and the last checkpoint's files. No process and no unfinished checkpoint's folder may be left; open files and memory of
-the drivers are told.
+Kills and stops of workers and of the driver, damaged checkpoints, a disk that is full for a while, second launchers,
+notices: each a while after the run has gone on from the one before. In the end the run is told to stop and brought to
+an end, and must equal a run that was left alone: rows, losses and the last checkpoint's files. No process and no
+unfinished checkpoint's folder may be left; open files and memory of the drivers are told.
 
     python -m tests.support.soak --minutes 120 --seed 1 --launcher processes
 """
@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,15 @@ from typing import Any
 from launch import finetune
 from launch.quickstart_inputs import make_inputs
 from tests.support.command import Command, RunFiles, run_here, write_config
+from tests.support.disk import disk_of
 from trainer.run_directory import RunDirectory
 from trainer.survey import survey
 
 EVERY, ENDLESS = 10, 1_000_000
 _PATIENCE_S = 300
+_DISK_BYTES = 300 << 20
+_FULL_S = 30
+"""The disk stays full until a save found it so, or for so long."""
 
 
 @dataclass
@@ -74,7 +79,12 @@ class Soak:
             "optimizer": {"lr": 1e-4, "schedule": "constant"},
             "checkpoint": {"every_steps": EVERY, "keep_last": 3},
             "watchdog": {"at_least_s": 8},
-            "cluster": {"launcher": self.launcher, "num_workers": 2, "cpus_per_worker": 1},
+            "cluster": {
+                "launcher": self.launcher,
+                "num_workers": 2,
+                "cpus_per_worker": 1,
+                "notice_file": str(self.folder / "leaving"),
+            },
             "metrics": {"port": 0},
             "run": {"name": name, "storage": str(self.folder / "runs")},
         }
@@ -92,6 +102,11 @@ class Soak:
             "SIGTERM of the driver": self._stop_driver,
             "SIGKILL of the driver": self._kill_driver,
             "the newest checkpoint is damaged, a worker killed": self._damage_newest,
+            "the disk is full for a while": self._fill_disk,
+            "a second launcher": self._launch_twice,
+            "a launcher that takes the run over": self._take_over,
+            "`baton stop`": self._stop_by_name,
+            **({"a notice by a file": self._give_notice} if self.launcher == "processes" else {}),
         }
 
     def _workers(self) -> list[int]:
@@ -125,6 +140,46 @@ class Soak:
         content[self.random.randrange(len(content))] ^= 1 << self.random.randrange(8)
         path.write_bytes(content)
         self._signal_worker(signal.SIGKILL)
+
+    def _fill_disk(self) -> None:
+        """Until something said so. Where old checkpoints could make room the run goes on; else it stops with 75."""
+        before, ballast = len(self.command.lines), self.files.path.parent / "ballast"
+        with suppress(OSError), ballast.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(1 << 16))
+        until = time.monotonic() + _FULL_S
+        while self.command.process.poll() is None and time.monotonic() < until:
+            if re.search("disk is full|No space left", "\n".join(self.command.lines[before:])):
+                break
+            time.sleep(0.1)
+        ballast.unlink()
+        time.sleep(2)
+        if self.command.process.poll() is not None:
+            assert self.command.finish() == 75, self.command.output[-4000:]
+            self.command = self._begun()
+
+    def _launch_twice(self) -> None:
+        second = self._begun()
+        assert second.finish(_PATIENCE_S) == 69, second.output
+
+    def _take_over(self) -> None:
+        second = self._begun("--take-over")
+        assert self.command.finish(_PATIENCE_S) == 69, self.command.output[-4000:]
+        self.command = second
+
+    def _stop_by_name(self) -> None:
+        stop = Command("stop", "--config", str(self.config))
+        assert stop.finish(_PATIENCE_S) == 0, stop.output
+        assert self.command.finish(_PATIENCE_S) == 75, self.command.output[-4000:]
+        self.command = self._begun()
+
+    def _give_notice(self) -> None:
+        """This machine is all there is, so the run saves and stops."""
+        leaving = self.folder / "leaving"
+        leaving.write_text("20")
+        assert self.command.finish(_PATIENCE_S) == 75, self.command.output[-4000:]
+        leaving.unlink()
+        self.command = self._begun()
 
     def reached(self) -> int:
         """The last step that the present command has printed."""
@@ -195,13 +250,15 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     make_inputs(folder, num_train=600, num_validation=20)
-    soak = Soak(folder, options.launcher, options.seed)
-    try:
-        soak.disturb(60 * options.minutes)
-        last = soak.finish()
-    finally:
-        soak.command.kill()
-    report(soak, last)
+    with disk_of(folder / "runs", _DISK_BYTES):
+        soak = Soak(folder, options.launcher, options.seed)
+        try:
+            soak.disturb(60 * options.minutes)
+            last = soak.finish()
+        finally:
+            soak.command.kill()
+            print(soak.command.output[-20_000:], file=(folder / "last-output").open("w"))
+        report(soak, last)
     shutil.rmtree(folder)
 
 

@@ -1,0 +1,90 @@
+"""What a machine lacks of an attempt's needs is said in words that name it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data_shards.manifest import MANIFEST
+from data_shards.storage import Storage
+from tests.support.datasets import random_packs, write_dataset
+from trainer.base_location import sketch_of
+from trainer.config import ModelConfig
+from trainer.reach import Needs, find_out_of_reach
+
+BLOCK = 64 << 10
+
+
+@dataclass
+class Machine:
+    """Folders as a machine sees them, and what is asked of it."""
+
+    folder: Path
+    needs: Needs
+
+    def lacks(self, **changed: object) -> str:
+        return find_out_of_reach(self.needs._replace(**changed), patience_s=0)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llama"}')
+    (base / "model.safetensors").write_bytes(os.urandom(3 * BLOCK + 11))
+    dataset = Storage.at(tmp_path / "data")
+    manifest = write_dataset(dataset, random_packs(40, 64), 64, shard_tokens=1_000)
+    run = Storage.at(tmp_path / "run")
+    run.write("mark", [b""])
+    run.write("checkpoints/7-a/manifest.json", [b"{}"])
+    model = ModelConfig(base=str(base))
+    needs = Needs(run.uri, "mark", dataset.uri, manifest.fingerprint, model, sketch_of(base, model), None)
+    return Machine(tmp_path, needs)
+
+
+def test_nothing_lacks(machine: Machine) -> None:
+    assert machine.lacks() == ""
+    assert machine.lacks(init_from=f"{machine.folder}/run/checkpoints/7-a") == ""
+
+
+def test_a_folder_of_its_own_where_the_run_should_be(machine: Machine) -> None:
+    (machine.folder / "run" / "mark").unlink()
+    assert machine.lacks() == f"{machine.folder}/run is not what the driver sees there (run.storage)"
+
+
+def test_data_that_is_not_there_is_other_data_or_is_damaged(machine: Machine) -> None:
+    assert "holds other data" in machine.lacks(fingerprint="1" * 32)
+    shard = next((machine.folder / "data").glob("*.arrow"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert shard.name in machine.lacks()
+    (machine.folder / "data" / MANIFEST).unlink()
+    assert machine.lacks() == f"{machine.folder}/data is not there (data.prepared)"
+
+
+def test_a_base_that_is_not_there_or_is_another(machine: Machine) -> None:
+    weights = machine.folder / "base" / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    for position in (0, BLOCK - 1, len(whole) - 1):  # among the bytes that are looked at
+        whole[position] ^= 1
+        weights.write_bytes(whole)
+        assert "holds another model" in machine.lacks()
+        whole[position] ^= 1
+    weights.write_bytes(whole + b"1")
+    assert "holds another model" in machine.lacks()
+    weights.unlink()
+    assert "has no weights" in machine.lacks()
+
+
+def test_a_checkpoint_to_begin_with_that_is_gone(machine: Machine) -> None:
+    gone = f"{machine.folder}/run/checkpoints/9-b"
+    assert machine.lacks(init_from=gone) == f"{gone} is not there (init_from)"
+
+
+def test_asking_takes_no_torch() -> None:
+    script = "import sys, trainer.reach; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[2])
