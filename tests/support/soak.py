@@ -34,7 +34,7 @@ from tests.support.disk import disk_of
 from trainer.run_directory import RunDirectory
 from trainer.survey import survey
 
-EVERY, ENDLESS = 10, 1_000_000
+EVERY, ENDLESS = 5, 1_000_000
 _PATIENCE_S = 300
 _DISK_BYTES = 300 << 20
 _FULL_S = 30
