@@ -135,6 +135,13 @@ def _crash_loop(history: Sequence[AttemptEnd]) -> str:
     return ""
 
 
+def _is_of_a_machine(history: Sequence[AttemptEnd]) -> bool:
+    """Whether what the last attempt refused before its first step was good for one before it: then it is a machine
+    that came since and lacks a mount, a base or a GPU's driver."""
+    error, begun_at = history[-1].error, history[-1].start_step
+    return error is not None and error.bad_input and error.step is None and begun_at > history[0].start_step
+
+
 def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *, stop_wanted: bool) -> Decision:
     """What follows the last of these attempts of one submission.
 
@@ -148,12 +155,10 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
     if last.kind == EndKind.STOPPED:
         return stopped if stop_wanted or not last.making_way else Decision(Action.RETRY, last.making_way)
     cause = _cause(last)
-    if last.error and last.error.bad_input:
-        return Decision(Action.BAD_INPUT, cause)
     if last.error and last.error.disk_full:
         return Decision(Action.STOP_RESUMABLE, cause)
-    if last.error and not last.error.retryable:
-        return Decision(Action.FAIL, cause)
+    if last.error and not (last.error.retryable or _is_of_a_machine(history)):
+        return Decision(Action.BAD_INPUT if last.error.bad_input else Action.FAIL, cause)
     if stop_wanted:
         return stopped
     if loop := _crash_loop(history):

@@ -7,6 +7,7 @@ does with CUDA while it is imported would not survive a fork.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -27,7 +28,9 @@ from trainer import oom_kills
 from trainer.config import WorkerSpec
 from trainer.metrics import MetricsSink
 from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
-from trainer.stop_signal import deadline_in
+from trainer.stop_signal import deadline_in, is_there
+
+log = logging.getLogger(__name__)
 
 # Only what others wrote: the server may see another tree of ours than the driver runs (sys.path comes later, to forks).
 PRELOAD = (
@@ -45,6 +48,8 @@ PRELOAD = (
     "pydantic",
 )
 GRACE_S = 5.0
+KILL_S = 30.0
+"""For a process to be gone after SIGKILL; one that is stuck in a driver's call may never be."""
 
 
 def free_port() -> int:
@@ -104,9 +109,15 @@ class LocalProcesses:
         path = Path(self._config.notice_file) if self._config.notice_file else None
 
         def look() -> None:
-            if path is not None and not told and path.exists():
-                told.append(StopRequest(f"{path} is there", StopKind.STOP, deadline_in(path)))
-                notify(told[0])
+            if path is None or told or not is_there(path):
+                return
+            request = StopRequest(f"{path} is there", StopKind.STOP, deadline_in(path))
+            try:
+                notify(request)
+            except OSError as error:  # of the storage; the next look tells again
+                log.warning("the notice could not be passed on: %s", error)
+            else:
+                told.append(request)
 
         return look
 
@@ -186,7 +197,7 @@ def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:
         for worker in workers:
             if worker.pid is not None:
                 worker.kill()
-                worker.join()
+                worker.join(KILL_S)
     return "; ".join(lost)
 
 

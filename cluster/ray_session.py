@@ -24,7 +24,7 @@ from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
-from cluster.local_processes import GRACE_S, describe, free_port_at, run_rank, start_method
+from cluster.local_processes import GRACE_S, KILL_S, describe, free_port_at, run_rank, start_method
 from trainer.config import WorkerSpec
 from trainer.metrics import MetricsSink, Report
 
@@ -124,6 +124,8 @@ def supervise(arguments: Mapping[str, Any]) -> None:
             "MASTER_PORT": port,
             "BATON_NODE_ID": node,
         }
+        if given := environment.get("CUDA_VISIBLE_DEVICES"):
+            environment["BATON_GPUS_GIVEN"] = given
         how = _run_child(order, environment, board)
         ray.get(board.ended.remote(number, rank, how))
 
@@ -147,8 +149,11 @@ def _run_child(order: Order, environment: Mapping[str, str], board: Any) -> str:
             asked = time.monotonic()
             if ray.get(board.is_cut_off.remote(order.number), timeout=_ANSWER_S):
                 child.kill()
-                child.join()
+                child.join(KILL_S)
+                break
     relay.join(5)
+    if child.exitcode is None:
+        return f"could not be ended: process {child.pid} outlives SIGKILL"
     return describe(child.exitcode) if child.exitcode else ""
 
 
@@ -194,11 +199,13 @@ class Session:
         self._board = board
         self._fit = fit
         self.num_workers = num_workers
+        self.lost = False
+        """whether a supervisor no longer answers"""
         self._orders = 0
 
     @property
     def is_alive(self) -> bool:
-        return not self._fit.done()
+        return not self._fit.done() and not self.lost
 
     def nodes(self) -> set[str]:
         """On which there are supervisors."""
@@ -219,7 +226,12 @@ class Session:
                 break
             if failed_at is None and any(ends.values()):
                 failed_at = time.monotonic()
-            if failed_at is not None and time.monotonic() - failed_at > GRACE_S:
+            waited = time.monotonic() - failed_at if failed_at is not None else 0.0
+            if waited > GRACE_S + 2 * KILL_S:
+                ends |= dict.fromkeys(set(range(self.num_workers)) - set(ends), "has told nothing since it was cut off")
+                self.lost = True
+                break
+            if waited > GRACE_S:
                 self._ask("cut_off", number)
             time.sleep(_LOOK_S)
         return "; ".join(f"rank {rank} {how}" for rank, how in sorted(ends.items()) if how)

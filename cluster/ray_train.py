@@ -24,6 +24,8 @@ from data_shards.storage import Storage
 from trainer.config import WorkerSpec
 from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
 
+log = logging.getLogger(__name__)
+
 ROOT = Path(__file__).resolve().parent.parent
 _TELL_AFTER_S = 5.0
 _PLACE_S = 10.0
@@ -39,6 +41,13 @@ def in_ray_job() -> bool:
 def has_cluster() -> bool:
     """Whether there is one around us, so that none is started here."""
     return in_ray_job() or bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _here() -> str:
+    """The id of the driver's node."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
 
 
 def _fulfil(future: Future[Any], action: Callable[[], Any]) -> None:
@@ -73,6 +82,9 @@ def connect(slots: int) -> bool:
     # Ray Train would else show every line that a worker prints twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    # Ray Train's own way with drains: at the deadline, or two minutes after a drain without one, it kills the workers,
+    # whether or not they have saved. Ours is Watch.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     if has_cluster():
         ray.init(address="auto", log_to_driver=True)
         return False
@@ -105,6 +117,15 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
+def room_was_taken(error: Exception, bundle: ray_nodes.Resources, num_workers: int) -> bool:
+    """Whether the room that had been found was gone when Ray Train asked for it: then nothing has failed. Where it is
+    still there, and Ray Train could not begin in it, something has."""
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    late = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
+    return late and ray_nodes.bundles_that_fit(ray_nodes.free(), bundle) < num_workers
+
+
 class RayTrain:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
@@ -124,7 +145,14 @@ class RayTrain:
         return node is not None
 
     def leave(self, node: str, request: StopRequest) -> None:
-        ray_nodes.drain(node, request.reason, request.deadline)
+        from ray.exceptions import RayError
+
+        if node == _here():  # whose Ray would end, and with it the driver
+            return
+        try:
+            ray_nodes.drain(node, request.reason, request.deadline)
+        except (RayError, OSError, RuntimeError) as error:  # the next attempt may be placed there, and leave it again
+            log.warning("Ray could not be told to place nothing on node %s: %s", node, error)
 
     def _nodes(self) -> list[ray_nodes.Resources]:
         return list(ray_nodes.staying().values())
@@ -224,13 +252,18 @@ class RayTrain:
             notify(request)
 
         run = RunDirectory.at(spec.run_uri)
-        watch = Watch(run, spec.attempt, num_workers, self._bundle(), self._config.workers, make_way)
+        config = self._config
+        watch = Watch(
+            run, spec.attempt, num_workers, self._bundle(), config.workers, make_way, _here(), config.notice_file
+        )
         told = spec.model_copy(update={"notice_file": self._config.notice_file})
         try:
             session = self._session = self._session or self._start(num_workers, run.attempt(spec.attempt))
             with watch.watching():
                 return session.run(told, self._monitor.sink)
         except (TrainingFailedError, RayError) as error:
+            if room_was_taken(error, self._bundle(), num_workers):
+                run.request_stop(spec.attempt, "others took the room for its workers", StopKind.RESIZE)
             return f"Ray Train reports: {str(error).strip().splitlines()[-1][:300]}"
 
     def _start(self, num_workers: int, place: Storage) -> Session:

@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from cluster import ray_nodes
 from cluster.config import WorkerBounds
+from trainer.events import EventKind, read_events
 from trainer.run_directory import RunDirectory, StopKind, StopRequest
+from trainer.stop_signal import deadline_in, is_there
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,9 @@ class Watch:
     bundle: ray_nodes.Resources
     bounds: WorkerBounds | None
     notify: Callable[[StopRequest], None]
+    here: str
+    """the driver's node: where it goes, the driver goes, and nobody is left to begin the next attempt"""
+    notice_file: str | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -44,7 +50,7 @@ class Watch:
 
     def _watch(self, closed: threading.Event) -> None:
         nodes: Mapping[int, str] = {}
-        began = time.monotonic()
+        trains_since: float | None = None
         looks_with_room = 0
         making_way = False
         while not closed.wait(POLL_SECONDS):
@@ -52,10 +58,12 @@ class Watch:
                 leaving = ray_nodes.draining()
                 if leaving and len(nodes) < self.num_workers:
                     nodes = self.run.nodes_of(self.attempt)
-                if request := leaving_request(leaving, nodes):
+                if request := self._driver_leaves(leaving) or leaving_request(leaving, nodes):
                     self.notify(request)
                     return
-                if not making_way and self._may_grow(time.monotonic() - began):
+                if trains_since is None and self._can_grow and self._trains():
+                    trains_since = time.monotonic()
+                if not making_way and trains_since is not None and self._may_grow(time.monotonic() - trains_since):
                     looks_with_room = looks_with_room + 1 if self._room_for() else 0
                     if looks_with_room >= _GROW_LOOKS:
                         self.notify(StopRequest("there is room for more workers", StopKind.RESIZE))
@@ -63,9 +71,23 @@ class Watch:
             except Exception as error:  # of Ray's own, and of the storage: the next look may find them well
                 log.warning("looking after the cluster's nodes failed: %s", error)
 
+    def _driver_leaves(self, leaving: Mapping[str, float | None]) -> StopRequest | None:
+        if self.here in leaving:
+            return StopRequest("the driver's node will be taken away", StopKind.STOP, leaving[self.here])
+        path = Path(self.notice_file) if self.notice_file else None
+        if path is not None and is_there(path):
+            return StopRequest(f"{path} is there on the driver's node", StopKind.STOP, deadline_in(path))
+        return None
+
+    @property
+    def _can_grow(self) -> bool:
+        return self.bounds is not None and self.num_workers < self.bounds.max
+
+    def _trains(self) -> bool:
+        return any(event.kind == EventKind.TRAINING for event in read_events(self.run, self.attempt))
+
     def _may_grow(self, seconds: float) -> bool:
-        bounds = self.bounds
-        return bounds is not None and self.num_workers < bounds.max and seconds > bounds.grow_after_s
+        return self.bounds is not None and self._can_grow and seconds > self.bounds.grow_after_s
 
     def _room_for(self) -> int:
         """Workers more than there are."""

@@ -16,7 +16,6 @@ from launch.config import Config, load_config, resolve_paths
 from launch.exit_codes import ExitCode
 from trainer.errors import DiskFull, RunHeld
 from trainer.room import is_out_of_room
-from trainer.run_directory import utc_now
 
 VERBS = {
     "prepare": "records to Arrow shards",
@@ -35,10 +34,6 @@ VERBS = {
 
 def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
-
-
-def say(text: str) -> None:
-    print(f"{utc_now()} {text}", flush=True)
 
 
 def config_parser(verb: str) -> argparse.ArgumentParser:

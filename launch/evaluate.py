@@ -19,7 +19,7 @@ from cluster.launcher import WorkerLauncher, launching
 from data_shards.errors import BadInput, BatonError
 from data_shards.prepare import VALIDATION, Prepared
 from data_shards.reading.shard_reader import SplitReader
-from launch.cli import config_from, config_parser, finished, run_verb, say, under_torchrun
+from launch.cli import config_from, config_parser, finished, run_verb, under_torchrun
 from launch.config import Config
 from launch.evaluation_subject import (
     Subject,
@@ -35,6 +35,7 @@ from launch.places import open_run
 from launch.torchrun import agree
 from trainer.base_location import locate_base
 from trainer.config import EvaluationTask, WorkerSpec
+from trainer.progress_log import say
 from trainer.run_directory import RunDirectory, read_json
 from trainer.worker import run_worker
 

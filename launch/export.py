@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # as a script: `python launch/export.py`
 import torch
 
 from data_shards.storage import Storage
-from launch.cli import config_from, config_parser, run_verb, say
+from launch.cli import config_from, config_parser, run_verb
 from launch.config import Config
 from launch.exit_codes import ExitCode
 from launch.places import check_adapter_base, newest_checkpoint, open_run
@@ -20,6 +20,7 @@ from trainer.base_location import locate_base
 from trainer.config import Method
 from trainer.export import ExportSource, export_adapter, export_full, export_merged
 from trainer.export_plan import ExportKind
+from trainer.progress_log import say
 from trainer.run_directory import RunDirectory
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

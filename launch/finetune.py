@@ -15,7 +15,7 @@ from cluster.launcher import WorkerLauncher, launching
 from cluster.lease import Lease, holding
 from cluster.run_metrics import RunState
 from data_shards.errors import BadInput
-from launch.cli import config_from, config_parser, finished, run_verb, say, under_torchrun
+from launch.cli import config_from, config_parser, finished, run_verb, under_torchrun
 from launch.config import Config, to_yaml
 from launch.exit_codes import ExitCode
 from launch.job import Job, export_if_asked, make_job, settle, write_result
@@ -25,6 +25,7 @@ from launch.plan_inputs import find_target, plan_of_prepared
 from launch.plan_text import lines_of
 from launch.torchrun import finetune_as_worker
 from trainer.errors import RunHeld
+from trainer.progress_log import say
 
 _EXIT_CODES = {
     Action.FINISH: ExitCode.DONE,

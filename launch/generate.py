@@ -19,7 +19,7 @@ from data_shards.encoding.chat_template import fix_date
 from data_shards.encoding.encoder import load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
 from data_shards.prepare import TRAIN, VALIDATION
-from launch.cli import config_from, config_parser, run_verb, say
+from launch.cli import config_from, config_parser, run_verb
 from launch.config import Config
 from launch.exit_codes import ExitCode
 from launch.export import export_run, find_export
@@ -27,6 +27,7 @@ from launch.places import newest_checkpoint, open_run
 from trainer.base_location import locate_base
 from trainer.config import Method
 from trainer.model import build_model
+from trainer.progress_log import say
 
 
 @dataclass(frozen=True)

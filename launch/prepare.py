@@ -9,10 +9,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # as a script: `python launch/prepare.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launch.cli import config_from, config_parser, run_verb, say
+from launch.cli import config_from, config_parser, run_verb
 from launch.exit_codes import ExitCode
 from launch.job import prepare_data
 from trainer.base_location import locate_base
+from trainer.progress_log import say
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -14,9 +14,10 @@ from cluster.claims import Claim
 from cluster.holder import Life, this_process
 from cluster.onlooker import Onlooker
 from data_shards.errors import BadInput
-from launch.cli import run_verb, say
+from launch.cli import run_verb
 from launch.exit_codes import ExitCode
 from launch.which_run import run_from, run_parser
+from trainer.progress_log import say
 from trainer.run_directory import RunDirectory, read_json
 
 _LONG_S = 90.0

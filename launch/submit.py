@@ -13,9 +13,10 @@ if __package__ in (None, ""):  # as a script: `python launch/submit.py`
 
 from cluster.ray_jobs import JobEnd, JobsApi, JobStatus
 from data_shards.errors import BadInput
-from launch.cli import config_parser, run_verb, say
+from launch.cli import config_parser, run_verb
 from launch.config import Config, load_config, resolve_paths
 from launch.exit_codes import ExitCode
+from trainer.progress_log import say
 
 ROOT = Path(__file__).resolve().parent.parent
 _MARGIN_S = 60

@@ -14,7 +14,6 @@ from datetime import timedelta
 
 from cluster.lease import Lease, holding
 from data_shards.errors import BadInput, BatonError
-from launch.cli import say
 from launch.config import Config
 from launch.exit_codes import ExitCode
 from launch.job import Job, export_if_asked, make_job, settle, write_result
@@ -22,6 +21,7 @@ from launch.places import newest_checkpoint, open_run_to_write
 from trainer.config import WorkerSpec
 from trainer.errors import RunHeld
 from trainer.loop import Outcome
+from trainer.progress_log import say
 from trainer.survey import tip_and_newest
 from trainer.worker import run_worker
 

@@ -11,6 +11,7 @@ from datetime import timedelta
 
 import torch
 
+from data_shards.errors import BadInput
 from trainer.host_memory import keep_freed_memory
 
 
@@ -35,7 +36,11 @@ def _import_muon_uncompiled() -> None:
 
 
 def start_process_group(timeout_s: float = 1800) -> None:
-    """Join the group that ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR:PORT`` describe, unless joined already."""
+    """Join the group that ``RANK``, ``WORLD_SIZE`` and ``MASTER_ADDR:PORT`` describe, unless joined already.
+
+    Raises BadInput where this worker was given a GPU that torch can't use.
+    """
+    _refuse_a_lost_gpu()
     choose_accelerator()
     # DeepSpeed's collectives use names that torch deprecates: a warning a step would bury the progress lines.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
@@ -53,7 +58,21 @@ def start_process_group(timeout_s: float = 1800) -> None:
     deepspeed.init_distributed(dist_backend=backend, timeout=timedelta(seconds=timeout_s), verbose=False)
 
 
+def _refuse_a_lost_gpu() -> None:
+    """Else it would train on the CPU, unnoticed, or wait in a gloo group for others in an NCCL one."""
+    given = os.environ.get(GPUS_GIVEN)
+    if given and not torch.cuda.is_available():
+        built = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+        raise BadInput(
+            f"{node_id()}: the worker was given a GPU there ({given}), and torch {torch.__version__}, which {built}, "
+            "can't use it. Look at nvidia-smi and at the driver's version on that machine, or install another torch; "
+            "cluster.use_gpu=false trains on CPUs"
+        )
+
+
 NODE_ID = "BATON_NODE_ID"
+GPUS_GIVEN = "BATON_GPUS_GIVEN"
+"""The devices that Ray has set aside for the workers of this machine."""
 
 
 def node_id() -> str:

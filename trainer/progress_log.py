@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, TextIO
 
 import torch.distributed as dist
 
@@ -44,8 +44,10 @@ def duration(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
-def say(text: str) -> None:
-    print(f"{utc_now()} {text}", flush=True)
+def say(text: str, file: TextIO | None = None) -> None:
+    """A line with its time, in one write: others write to the same pipe, and where Python does not buffer, ``print``
+    by itself lets them in before the line's end."""
+    print(f"{utc_now()} {text}\n", end="", file=file, flush=True)
 
 
 def say_on_first_rank(text: str) -> None:
@@ -78,7 +80,7 @@ class ProgressLog:
     @staticmethod
     def warn(text: str) -> None:
         """From any rank."""
-        print(f"{utc_now()} {text}", file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
     def step(self, step: int, result: StepResult, learning_rate: float, seconds: float) -> None:
         """Args: step: completed ones, this included."""

@@ -7,14 +7,18 @@ machine will be taken away.
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from trainer.events import EventKind, EventLog
 from trainer.run_directory import RunDirectory, StopKind, StopRequest
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 
@@ -43,7 +47,7 @@ class StopSignal:
         while not self._closed.wait(POLL_SECONDS):
             with suppress(OSError):  # the storage is away for a moment; asking again costs nothing
                 self._request = self._asked() or self._request
-            if self._request is None and self._notice_file is not None and self._notice_file.exists():
+            if self._request is None and self._notice_file is not None and is_there(self._notice_file):
                 self._request = self._noticed(self._notice_file)
 
     def _asked(self) -> StopRequest | None:
@@ -74,9 +78,23 @@ class StopSignal:
         self._closed.set()
 
 
+def is_there(notice: Path) -> bool:
+    """False also where it can't be seen, in a folder that this user may not enter: told once."""
+    try:
+        return notice.exists()
+    except OSError as error:
+        _warn_once(f"the notice file {notice} can't be looked for: {error}")
+        return False
+
+
+@cache
+def _warn_once(text: str) -> None:
+    log.warning("%s", text)
+
+
 def deadline_in(path: Path) -> float | None:
-    """Unix seconds, by the number of seconds left that a notice file begins with; None where it holds none, or can't be
-    read."""
+    """Unix seconds, by the number of seconds left that a notice file begins with, from when it was written on; None
+    where it holds none, or can't be read."""
     with suppress(OSError, ValueError, IndexError):
-        return time.time() + max(0.0, float(path.read_text(errors="replace").split()[0]))
+        return path.stat().st_mtime + max(0.0, float(path.read_text(errors="replace").split()[0]))
     return None

@@ -34,7 +34,7 @@ from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
 from trainer.out_of_memory import named
 from trainer.process_group import leave_process_group, node_id, start_process_group
-from trainer.progress_log import ProgressLog
+from trainer.progress_log import ProgressLog, say
 from trainer.pulse import Pulse
 from trainer.resume import find_resumed, restore
 from trainer.room import EndlessRoom
@@ -87,6 +87,8 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     if config.training.deterministic:
         make_deterministic()
     check_shared(run.attempt(spec.attempt), dist.get_rank(), dist.get_world_size())
+    # From here on: a notice may come while the model is read, and its seconds count.
+    stop = StopSignal(run, spec.attempt, dist.get_rank(), spec.notice_file, node_id())
     fast = open_fast_tier(run, spec)
     resumed = find_resumed(run, spec)
     engine = build_engine(config)
@@ -103,7 +105,6 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     sink = metrics if engine.rank == 0 else NoMetrics()
     reporter = Reporter(sink, spec.attempt, progress, num_steps=sampler.num_steps, world_size=engine.world_size)
     reporter.began(resumed.manifest if resumed and not resumed.manifest.fast else None)
-    stop = StopSignal(run, spec.attempt, engine.rank, spec.notice_file, node_id())
     events = EventLog(run, spec.attempt, engine.rank)
     room = watched_room(run, spec.attempt, config, engine, saver, log) if engine.rank == 0 else EndlessRoom()
     saved_step = None if resumed and resumed.manifest.fast else progress.step
@@ -146,7 +147,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
 def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
     """What the spec asks for, in a process group, leaving an error report in the attempt's folder if it fails."""
     rank = int(os.environ.get("RANK", "0"))
-    print(f"{utc_now()} worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}", flush=True)
+    say(f"worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}")
     kills_before = oom_kills.count()
     run, pulse = RunDirectory.at(spec.run_uri), Pulse()
     config = spec.trainer

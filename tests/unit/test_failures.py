@@ -10,6 +10,7 @@ from hypothesis import given, strategies
 
 from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, root_cause
 from cluster.ray_nodes import bundles_that_fit
+from data_shards.errors import BadInput
 from trainer.errors import (
     CheckpointCorrupt,
     CheckpointOutOfReach,
@@ -68,6 +69,15 @@ def test_what_no_retry_can_help_is_not_retried() -> None:
     reason = decide([lost], 2, stop_wanted=False).reason
     assert "connection closed" in reason and "rank 1 was ended by SIGKILL" in reason
     assert action(failed(0, 5, NonFiniteStep("nan")), stop=True) == Action.FAIL, "a stop does not hide a fatal error"
+
+
+def test_a_machine_that_came_later_does_not_make_the_input_bad() -> None:
+    trained = failed(0, 5)
+    assert action(trained, failed(5, 5, BadInput("not shared"))) == Action.RETRY
+    assert action(trained, *[failed(5, 5, ModelError("no such directory"))] * 3) == Action.FAIL, "not without end"
+    in_its_midst = at(7, BadInput("a row"), start=5, committed=5)
+    assert action(trained, in_its_midst) == Action.BAD_INPUT
+    assert action(failed(5, 5), failed(5, 5, BadInput("not shared"))) == Action.BAD_INPUT, "it may never have been good"
 
 
 def test_a_full_disk_stops_resumably() -> None:

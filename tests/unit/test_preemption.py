@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import RayError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+from ray.train.v2.api.exceptions import ControllerError
 
-from cluster.config import ClusterConfig
+from cluster import ray_nodes, ray_session, ray_watch
+from cluster.config import ClusterConfig, Launcher, WorkerBounds
 from cluster.failures import Action, AttemptEnd, EndKind, decide
+from cluster.local_processes import LocalProcesses
 from cluster.notice_server import TOKEN, NoticeServer
 from cluster.ray_nodes import bundles_that_fit
-from cluster.ray_watch import leaving_request
+from cluster.ray_session import Session
+from cluster.ray_train import room_was_taken
+from cluster.ray_watch import Watch, leaving_request
 from data_shards.errors import BadInput
 from launch.config import load_config
+from trainer.config import WorkerSpec
+from trainer.events import EventKind, EventLog
+from trainer.metrics import NoMetrics
 from trainer.run_directory import RunDirectory, StopKind, StopRequest
 from trainer.stop_signal import StopSignal, deadline_in
 
@@ -79,6 +92,121 @@ def test_seconds_in_a_notice_file(tmp_path: Path, text: str, left: float | None)
     found = deadline_in(path)
     assert (found is None) == (left is None)
     assert left is None or found == pytest.approx(time.time() + left, abs=1)
+
+
+def test_seconds_count_from_when_the_notice_was_written(tmp_path: Path) -> None:
+    """It may have come while the model was read."""
+    path = tmp_path / "leaving"
+    path.write_text("120")
+    os.utime(path, (time.time() - 100, time.time() - 100))
+    assert deadline_in(path) == pytest.approx(time.time() + 20, abs=1)
+
+
+def test_a_folder_that_may_not_be_entered_hides_no_other_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    exists = Path.exists
+
+    def refuse(path: Path) -> bool:
+        if path.name == "leaving":
+            raise PermissionError(13, "Permission denied", str(path))
+        return exists(path)
+
+    monkeypatch.setattr(Path, "exists", refuse)
+    run = RunDirectory.at(str(tmp_path))
+    signal = StopSignal(run, "a1", 0, str(tmp_path / "leaving"))
+    time.sleep(1.2)
+    run.request_stop("a1", "stop")
+    until(lambda: signal.requested)
+    signal.close()
+
+
+def test_a_notice_that_could_not_be_passed_on_is_passed_on_again(tmp_path: Path) -> None:
+    (tmp_path / "leaving").write_text("30")
+    told: list[StopRequest] = []
+
+    def notify(request: StopRequest) -> None:
+        told.append(request)
+        if len(told) == 1:
+            raise OSError("the storage is away")
+
+    config = ClusterConfig(launcher=Launcher.PROCESSES, num_workers=2, notice_file=str(tmp_path / "leaving"))
+    look = LocalProcesses(config)._look_for_notice(notify)
+    for _ in range(4):
+        look()
+    assert [request.kind for request in told] == [StopKind.STOP] * 2
+
+
+@dataclass
+class Lookout:
+    """A watch whose node and cluster are this test's."""
+
+    run: RunDirectory
+    told: list[StopRequest] = field(default_factory=list)
+
+    def watch(self, **options: Any) -> Watch:
+        bounds = WorkerBounds(min=1, max=3, grow_after_s=0)
+        return Watch(self.run, "a1", 2, {"CPU": 1.0}, bounds, self.told.append, "here", **options)
+
+
+@pytest.fixture
+def lookout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lookout:
+    monkeypatch.setattr(ray_nodes, "draining", dict)
+    monkeypatch.setattr(ray_nodes, "free", lambda: [{"CPU": 4.0}])
+    monkeypatch.setattr(ray_watch, "POLL_SECONDS", 0.02)
+    return Lookout(RunDirectory.at(str(tmp_path)))
+
+
+def test_where_the_driver_goes_the_run_stops(lookout: Lookout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though no rank is there: nobody would be left to begin another attempt."""
+    monkeypatch.setattr(ray_nodes, "draining", lambda: {"here": 77.0})
+    with lookout.watch().watching():
+        until(lambda: lookout.told)
+    assert [(request.kind, request.deadline) for request in lookout.told] == [(StopKind.STOP, 77.0)]
+
+
+def test_a_notice_file_beside_the_driver_stops_the_run(lookout: Lookout, tmp_path: Path) -> None:
+    with lookout.watch(notice_file=str(tmp_path / "leaving")).watching():
+        time.sleep(0.1)
+        assert not lookout.told
+        (tmp_path / "leaving").write_text("20")
+        until(lambda: lookout.told)
+    assert lookout.told[0].kind == StopKind.STOP and lookout.told[0].deadline is not None
+
+
+def test_room_for_more_is_looked_for_once_it_trains(lookout: Lookout) -> None:
+    with lookout.watch().watching():
+        time.sleep(0.3)
+        assert not lookout.told, "what was loaded for minutes would be thrown away"
+        EventLog(lookout.run, "a1").record(EventKind.TRAINING, "from step 0")
+        until(lambda: lookout.told)
+    assert [request.kind for request in lookout.told] == [StopKind.RESIZE]
+
+
+def test_room_that_others_took_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = ControllerError(WorkerGroupStartupTimeoutError(2))
+    monkeypatch.setattr(ray_nodes, "free", lambda: [{"CPU": 1.0}])
+    assert room_was_taken(late, {"CPU": 1.0}, 2)
+    assert not room_was_taken(ControllerError(RuntimeError("of its own")), {"CPU": 1.0}, 2)
+    assert not room_was_taken(RayError("the board is gone"), {"CPU": 1.0}, 2)
+    monkeypatch.setattr(ray_nodes, "free", lambda: [{"CPU": 2.0}])
+    assert not room_was_taken(late, {"CPU": 1.0}, 2), "there it could have begun"
+
+
+def test_a_supervisor_that_tells_nothing_ends_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its child sits in a driver's call and outlives SIGKILL."""
+    monkeypatch.setattr(ray_session, "GRACE_S", 0.2)
+    monkeypatch.setattr(ray_session, "KILL_S", 0.2)
+    asked: list[str] = []
+
+    def ask(self: Session, method: str, *_: Any) -> Any:
+        asked.append(method)
+        return {0: "exited with 1"} if method == "ends" else None
+
+    monkeypatch.setattr(Session, "_ask", ask)
+    session = Session(None, 2, Future())
+    spec = WorkerSpec.model_construct()
+    lost = session.run(spec, NoMetrics())
+    assert "rank 0 exited with 1; rank 1 has told nothing since it was cut off" in lost and "cut_off" in asked
+    assert not session.is_alive, "the next attempt gets others"
 
 
 def made_way(start: int, committed: int, kind: EndKind = EndKind.STOPPED) -> AttemptEnd:
