@@ -13,7 +13,8 @@ Workers (gloo, CPU) hold a random Llama-shaped model of about the given size of 
   thread
 
 Whatever is read was dropped from the page cache before, for all contenders alike. ``--reshard`` instead saves on 4
-workers and loads on 2, and saves on 2 and loads on 3, each beside a load of what as many workers have saved.
+workers and loads on 2, and saves on 2 and loads on 3, each beside a load of what as many workers have saved; from the
+disk, whose speed changes from one time to the next, and from the page cache, which shows what the work itself takes.
 
     python benchmarks/checkpoint_speed.py --gigabytes 2 --workers 2 --rounds 5 --folder DIR
 """
@@ -201,17 +202,19 @@ def saved_and_loaded(base: str, root: str, load_from: str | None, save_to: str) 
     saver.begin(replace(DRAFT, progress=Progress(step=1)))
     assert saver.finish().error is None
 
-    def load(name: str) -> float:
+    def load(name: str, *, cached: bool) -> float:
         storage = Storage.at(f"{root}/{name}")
         ref = committed(storage)[-1]
-        forget(Path(root) / name)
+        if not cached:
+            forget(Path(root) / name)
         return slowest(lambda: checkpoint.load(engine, storage, ref))
 
-    load(save_to)  # the engine's states are allocated anew at each load: once before it counts
-    for number in range(3):
-        times[f"same {number}"] = load(save_to)
-        if load_from is not None:
-            times[f"other {number}"] = load(load_from)
+    load(save_to, cached=False)  # the engine's states are allocated anew at each load: once before it counts
+    if load_from is not None:
+        for number in range(5):
+            for cached in (False, True):
+                for which, name in (("same", save_to), ("other", load_from)):
+                    times[f"{which} {cached} {number}"] = load(name, cached=cached)
     return times
 
 
@@ -219,12 +222,15 @@ def reshard(base: str, root: str) -> None:
     before: str | None = None
     for workers, load_from in ((4, None), (2, "4"), (3, "2")):
         found = run_workers(saved_and_loaded, workers, base, root, load_from, str(workers), timeout_s=3600)[0]
-        same = statistics.median(value for name, value in found.items() if name.startswith("same"))
-        if load_from is not None:
-            other = statistics.median(value for name, value in found.items() if name.startswith("other"))
+        for cached in (False, True) if load_from is not None else ():
+            same, other = (
+                statistics.median(value for name, value in found.items() if name.startswith(f"{which} {cached}"))
+                for which in ("same", "other")
+            )
             print(
                 f"{load_from} -> {workers}: {other:.2f} s, {workers} -> {workers}: {same:.2f} s, "
-                f"{other / same:.2f} times as long"
+                f"{other / same:.2f} times as long, from the {'page cache' if cached else 'disk'}",
+                flush=True,
             )
         if before is not None:
             shutil.rmtree(Path(root) / before)
