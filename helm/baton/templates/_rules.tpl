@@ -131,6 +131,10 @@ validation.go of 1.7.0), and what would make a run that can't start or can't res
 {{- if and (hasKey $cluster "num_workers") (ne (int $cluster.num_workers) $wanted) -}}
 {{- fail (printf "config.cluster.num_workers=%d, but worker.replicas × processes per pod is %d × %s = %d; leave config.cluster.num_workers out" (int $cluster.num_workers) (int $worker.replicas) (include "baton.processesPerPod" .) $wanted) -}}
 {{- end -}}
+{{- $bounds := $cluster.workers | default dict -}}
+{{- if and (hasKey $bounds "max") (ne (int $bounds.max) $wanted) -}}
+{{- fail (printf "config.cluster.workers.max=%d, but worker.replicas × processes per pod is %d × %s = %d; give that as max" (int $bounds.max) (int $worker.replicas) (include "baton.processesPerPod" .) $wanted) -}}
+{{- end -}}
 {{- if not (has $cluster.use_gpu (list nil (gt (int $worker.gpusPerPod) 0))) -}}
 {{- fail (printf "config.cluster.use_gpu=%v, but worker.gpusPerPod=%d; leave config.cluster.use_gpu out" $cluster.use_gpu (int $worker.gpusPerPod)) -}}
 {{- end -}}
