@@ -15,8 +15,12 @@ from trainer.run_directory import Say, StopRequest
 class WorkerLauncher(Protocol):
     """Runs the workers of one attempt at a time."""
 
-    def check_capacity(self) -> None:
-        """Called once, before data is prepared. Raises BadInput, saying what is wanted and what there is."""
+    def check_capacity(self, *, on_gpus: bool = False) -> None:
+        """Called once, before data is prepared. Raises BadInput, saying what is wanted and what there is.
+
+        Args:
+            on_gpus: the run has trained on GPUs so far, so it does not go on without unless that is said.
+        """
         ...
 
     def check_reach(self, spec: WorkerSpec, say: Say) -> None:

@@ -63,17 +63,22 @@ def free_port_at(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
+NO_MORE_GPUS = "the run has trained on GPUs so far. cluster.use_gpu=false goes on with CPUs, on purpose"
+
+
 class LocalProcesses:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
 
-    def check_capacity(self) -> None:
+    def check_capacity(self, *, on_gpus: bool = False) -> None:
         """One GPU a worker where GPUs are used; CPU workers may share cores."""
         import torch
 
         gpus = torch.cuda.device_count()
         if self._config.use_gpu and not gpus:
             raise BadInput("cluster.use_gpu=true, but this machine has no GPU")
+        if on_gpus and not gpus and self._config.use_gpu is None:
+            raise BadInput(f"this machine has no GPU; {NO_MORE_GPUS}")
         if gpus and self._config.use_gpu is not False and self._config.num_workers > gpus:
             raise BadInput(
                 f"cluster.num_workers={self._config.num_workers}, but this machine has {gpus} GPUs; with "

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster import ray_nodes
 from cluster.config import ClusterConfig, MetricsConfig, WorkerBounds
+from cluster.local_processes import NO_MORE_GPUS
 from cluster.notice_server import NoticeServer
 from cluster.ray_reach import check_reach
 from cluster.ray_session import Session, open_board, supervise
@@ -160,19 +161,21 @@ class RayTrain:
     def _bundle(self) -> dict[str, float]:
         return {"CPU": self._config.cpus_per_worker, "GPU": 1.0 if self._use_gpu else 0.0}
 
-    def check_capacity(self) -> None:
+    def check_capacity(self, *, on_gpus: bool = False) -> None:
         """Waits ``wait_for_capacity_s`` for nodes that may still be joining."""
         deadline = time.monotonic() + self._config.wait_for_capacity_s
         while True:
             nodes = self._nodes()
             has_gpu = any(node.get("GPU", 0) for node in nodes)
-            self._use_gpu = has_gpu if self._config.use_gpu is None else self._config.use_gpu
+            self._use_gpu = (has_gpu or on_gpus) if self._config.use_gpu is None else self._config.use_gpu
             if ray_nodes.bundles_that_fit(nodes, self._bundle()) >= self._config.min_workers:
                 return
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.5)
         room = ray_nodes.bundles_that_fit(nodes, self._bundle())
+        if on_gpus and not has_gpu and self._config.use_gpu is None:
+            raise BadInput(f"the cluster has no GPU ({self._has()}); {NO_MORE_GPUS}")
         raise BadInput(
             f"{self._needs()} can't be placed: the cluster has {self._has()}, room for {room}. Use fewer workers, set "
             "cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"

@@ -69,6 +69,15 @@ class EventLog:
             write_json(self._folder, f"{int(now * 1000):013d}-{kind.value}-{uuid.uuid4().hex[:6]}.json", asdict(event))
 
 
+def has_trained_on_gpus(run: RunDirectory) -> bool:
+    """Whether the newest attempt that came to train did so on GPUs."""
+    for start in reversed(run.lineage()):
+        for event in read_events(run, start.attempt):
+            if event.kind == EventKind.TRAINING:
+                return event.details.get("device") == "cuda"
+    return False
+
+
 def read_events(run: RunDirectory, attempt: str) -> list[Event]:
     """Of one attempt, oldest first. Raises OSError where the storage can't be read."""
     folder = run.attempt(attempt).child("events")

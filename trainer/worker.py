@@ -127,7 +127,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     )
     if engine.rank == 0:
         where, size = f"from step {progress.step}", engine.world_size
-        events.record(EventKind.TRAINING, where, step=progress.step, num_workers=size)
+        events.record(EventKind.TRAINING, where, step=progress.step, num_workers=size, device=engine.device.type)
     try:
         outcome = loop.run()
     finally:
