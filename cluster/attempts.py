@@ -15,6 +15,7 @@ from cluster.launcher import WorkerLauncher
 from cluster.lease import Lease
 from cluster.run_metrics import RunState
 from cluster.run_monitor import Monitor, NoMonitor
+from data_shards.errors import CorruptFile
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
 from trainer.events import EventKind, EventLog
@@ -206,7 +207,7 @@ def _newest(run: RunDirectory) -> CheckpointRef | None:
 
 def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> AttemptEnd:
     """Look at what the attempt has left; a checkpoint that it found to be corrupt is put in quarantine."""
-    end = read_json(run.attempt(start.attempt), "end.json")
+    end = _end_written(run, start.attempt)
     error = None if end is not None else root_cause(run.errors_of(start.attempt))
     newest = _newest(run)
     committed = newest.step if newest else 0
@@ -215,6 +216,13 @@ def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> Atte
     kind = EndKind(end["outcome"]) if end is not None else EndKind.FAILED
     lost = lost if end is None else ""
     return AttemptEnd(kind, start.start_step, committed, error, lost, _making_way(run, start.attempt))
+
+
+def _end_written(run: RunDirectory, attempt: str) -> Any:
+    """None also where it was cut off: the machine of its writer may have gone."""
+    with suppress(CorruptFile):
+        return read_json(run.attempt(attempt), "end.json")
+    return None
 
 
 def _making_way(run: RunDirectory, attempt: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from cluster.attempts import run_attempts
+from cluster.attempts import Submission, run_attempts
 from cluster.claims import State, Timing
 from cluster.failures import Action
 from cluster.holder import Holder, Life, process, this_process
@@ -179,6 +179,17 @@ class Workers:
         return ""
 
 
+def attempted(run: RunDirectory, launcher: Workers, lease: Lease, say: Callable[[str], None] = silent) -> Submission:
+    return run_attempts(
+        run,
+        launcher,  # type: ignore[arg-type]
+        lambda attempt, resume_from: attempt,  # type: ignore[arg-type, return-value]
+        lease=lease,
+        max_failures_without_progress=100,
+        say=say,
+    )
+
+
 @pytest.mark.parametrize(
     ("workers", "step"),
     [({}, 7), ({"has_room": False}, 0), ({"fails": True}, 0)],
@@ -191,19 +202,28 @@ def test_the_drivers_loop_stops(run: RunDirectory, workers: dict[str, bool], ste
             threading.Thread(target=lambda: (until(lambda: launcher.attempts == 2), ask(run)), daemon=True).start()
         else:
             threading.Timer(0.2, ask, [run]).start()
-        submission = run_attempts(
-            run,
-            launcher,  # type: ignore[arg-type]
-            lambda attempt, resume_from: attempt,  # type: ignore[arg-type, return-value]
-            lease=lease,
-            max_failures_without_progress=100,
-            say=silent,
-        )
+        submission = attempted(run, launcher, lease)
     assert submission.decision.action == Action.STOP_RESUMABLE
     assert submission.decision.reason == f"stopped on request; step {step} is saved"
     newest = newest_usable(run, silent)
     assert (newest.step if newest else 0) == step
     assert launcher.stopped == (["asked to stop by a test"] if step else [])
+
+
+def test_an_end_that_is_cut_off_is_none(run: RunDirectory) -> None:
+    """Its writer's machine went meanwhile; an object store shows what had come by then."""
+
+    class CutOff(Workers):
+        def run(self, spec: Any, num_workers: int, notify: Any) -> str:
+            self.attempts += 1
+            whole = json.dumps({"outcome": "finished"}).encode()
+            self.run_directory.attempt(spec).write("end.json", [whole[:7] if self.attempts == 1 else whole])
+            return ""
+
+    launcher = CutOff(run)
+    with holding(run, silent, timing=QUICK) as lease:
+        assert attempted(run, launcher, lease).decision.action == Action.FINISH
+    assert launcher.attempts == 2
 
 
 def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
