@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import subprocess
@@ -22,10 +23,13 @@ from cluster.failures import Action
 from cluster.holder import Holder, Life, process, this_process
 from cluster.lease import Lease, World, holding, take
 from cluster.onlooker import Onlooker
+from cluster.run_monitor import NoMonitor
+from data_shards.errors import CorruptFile
 from launch import finetune, stop
 from tests.support.command import run_here
 from tests.unit.test_run_directory import commit
-from trainer.run_directory import RunDirectory, write_json
+from trainer.errors import RunHeld
+from trainer.run_directory import RunDirectory, read_json, write_json
 from trainer.survey import newest_usable
 
 QUICK = Timing(heartbeat_s=0.05, patience_s=0.5, settle_s=0.01)
@@ -254,6 +258,51 @@ def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPat
     assert ended.value.code == 143
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "failed"),
+        (OSError(errno.ENOSPC, "No space left on device"), "stopped"),
+        (CorruptFile("start.json: not valid JSON"), "failed"),
+        (RuntimeError("of Ray's own"), "failed"),
+        (RunHeld("taken over"), None),
+    ],
+)
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_launcher_that_fails_leaves_a_result(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str | None, taken_over: bool
+) -> None:
+    job = SimpleNamespace(
+        run=run,
+        sampler=SimpleNamespace(num_steps=9),
+        spec=lambda attempt, resume_from: attempt,
+        config=SimpleNamespace(
+            run=SimpleNamespace(name="mine"),
+            metrics=None,
+            cluster=SimpleNamespace(max_failures_without_progress=3, stop_grace_s=None),
+        ),
+    )
+    launcher: Any = SimpleNamespace(check_reach=lambda spec, say: None, open_monitor=lambda *_: NoMonitor())
+
+    def fail(*_: Any, lease: Lease, **__: Any) -> None:
+        commit(run, run.start_attempt(None, None, (), term=lease.term, claim=lease.id).attempt, 5)
+        if taken_over:
+            take(run, silent, take_over=True, timing=QUICK).release()
+        raise error
+
+    standing = SimpleNamespace(finished=False, newest=None, allowed_changes=())
+    monkeypatch.setattr(finetune, "settle", lambda job, say: standing)
+    monkeypatch.setattr(finetune, "run_attempts", fail)
+    with holding(run, silent, timing=QUICK) as lease, pytest.raises(type(error)):
+        finetune.train(job, launcher, lease)  # type: ignore[arg-type]
+    result = read_json(run.storage, "result.json")
+    if status is None or taken_over:
+        assert result is None, "that is for who has the run now"
+    else:
+        assert result["status"] == status and result["step"] == 5 and result["attempts"] == 1
+        assert result["reason"] == f"{type(error).__name__}: {error}"
+
+
 def test_the_command_refuses_where_nobody_holds_the_run(run: RunDirectory, tmp_path: Path) -> None:
     write_json(run.storage, "run.json", {})
     for arguments in ([str(tmp_path)], [tmp_path.name, "--storage", str(tmp_path.parent)]):
@@ -289,6 +338,36 @@ def test_the_command_tells_how_it_ended(
     lease.keep(QUICK.heartbeat_s)
     done = run_here(stop.main, str(tmp_path))
     assert done.code == code and said in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("told_of", "code", "said"),
+    [(1, 1, "its launcher left no result"), (2, 0, "stopped; nothing had to be saved")],
+    ids=["of its attempt nothing is told", "it was past that, and exported"],
+)
+def test_no_result_is_no_success(run: RunDirectory, tmp_path: Path, told_of: int, code: int, said: str) -> None:
+    earlier = run.start_attempt(None, None, ())
+    commit(run, earlier.attempt, 5)
+    lease = held(run, this_process())
+    run.start_attempt(earlier, newest_usable(run, silent), (), term=lease.term, claim=lease.id)
+    write_json(run.storage, "result.json", {"status": "finished", "step": 5, "reason": "", "attempts": told_of})
+    lease.when_asked_to_stop(lambda reason: lease.release())
+    lease.keep(QUICK.heartbeat_s)
+    done = run_here(stop.main, str(tmp_path))
+    assert done.code == code and said in done.output, done.output
+
+
+def test_a_run_that_was_taken_over_was_not_stopped(run: RunDirectory, tmp_path: Path) -> None:
+    lease = held(run, this_process())
+    commit(run, run.start_attempt(None, None, (), term=lease.term, claim=lease.id).attempt, 5)
+
+    def lose(reason: str) -> None:
+        take(run, silent, take_over=True, timing=QUICK)
+
+    lease.when_asked_to_stop(lose)
+    lease.keep(QUICK.heartbeat_s)
+    done = run_here(stop.main, str(tmp_path))
+    assert done.code == 1 and "or lost the run to another one" in done.output, done.output
 
 
 def test_the_command_need_not_wait_and_tells_of_a_death(
