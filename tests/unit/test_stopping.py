@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from cluster import attempts
 from cluster.attempts import Submission, run_attempts
 from cluster.claims import State, Timing
 from cluster.failures import Action
@@ -29,7 +31,7 @@ from launch import finetune, stop
 from tests.support.command import run_here
 from tests.unit.test_run_directory import commit
 from trainer.errors import RunHeld
-from trainer.run_directory import RunDirectory, read_json, write_json
+from trainer.run_directory import RunDirectory, StopKind, StopRequest, read_json, write_json
 from trainer.survey import newest_usable
 
 QUICK = Timing(heartbeat_s=0.05, patience_s=0.5, settle_s=0.01)
@@ -164,6 +166,8 @@ class Workers:
     run_directory: RunDirectory
     has_room: bool = True
     fails: bool = False
+    meanwhile: Callable[[Any], object] = lambda notify: None
+    """what happens while an attempt runs"""
     stopped: list[str] = field(default_factory=list)
     attempts: int = 0
 
@@ -176,6 +180,7 @@ class Workers:
         self.attempts += 1
         if self.fails:
             return "rank 0 exited with 1"
+        self.meanwhile(notify)
         until(lambda: self.run_directory.stop_request(spec))
         self.stopped.append(json.loads(self.run_directory.attempt(spec).read("stop.json"))["reason"])
         commit(self.run_directory, spec, 7)
@@ -212,6 +217,95 @@ def test_the_drivers_loop_stops(run: RunDirectory, workers: dict[str, bool], ste
     newest = newest_usable(run, silent)
     assert (newest.step if newest else 0) == step
     assert launcher.stopped == (["asked to stop by a test"] if step else [])
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often writing a wish fails yet, in its one element."""
+    left, write = [3], RunDirectory.request_stop
+
+    def fail_or_write(run: RunDirectory, *arguments: Any) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        write(run, *arguments)
+
+    monkeypatch.setattr(RunDirectory, "request_stop", fail_or_write)
+    monkeypatch.setattr(attempts, "_AGAIN_S", 0.05)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("signal", "the driver was asked to stop"),
+        ("request", "asked to stop by a test"),
+        ("notice", "the machine goes away"),
+    ],
+)
+def test_a_wish_that_can_not_be_written_is_written_again(
+    run: RunDirectory, failing: list[int], way: str, reason: str
+) -> None:
+    ways: dict[str, Callable[[Any], object]] = {
+        "signal": lambda notify: os.kill(os.getpid(), signal.SIGTERM),
+        "request": lambda notify: ask(run),
+        "notice": lambda notify: notify(StopRequest(reason)),
+    }
+    launcher = Workers(run, meanwhile=ways[way])
+    with holding(run, silent, timing=QUICK) as lease:
+        submission = attempted(run, launcher, lease)
+    assert failing == [0]
+    assert submission.decision.action == Action.STOP_RESUMABLE and launcher.stopped == [reason]
+
+
+def test_of_two_wishes_the_later_one_stands(run: RunDirectory, failing: list[int]) -> None:
+    failing[0] = 1000
+
+    def both(notify: Any) -> None:
+        notify(StopRequest("the machine goes away", StopKind.PREEMPTED, deadline=17.5))
+        notify(StopRequest("the driver's machine goes away", StopKind.STOP))
+        failing[0] = 0
+
+    launcher = Workers(run, meanwhile=both)
+    with holding(run, silent, timing=QUICK) as lease:
+        attempted(run, launcher, lease)
+    time.sleep(0.2)
+    (start,) = run.lineage()
+    assert run.stop_request(start.attempt) == StopRequest("the driver's machine goes away", StopKind.STOP)
+
+
+def test_a_wish_is_written_for_as_long_as_the_attempts_last(run: RunDirectory, failing: list[int]) -> None:
+    failing[0] = 1_000_000
+
+    class Finishing(Workers):
+        def run(self, spec: Any, num_workers: int, notify: Any) -> str:
+            notify(StopRequest("the machine goes away"))
+            until(lambda: failing[0] < 1_000_000)
+            assert writers()
+            write_json(self.run_directory.attempt(spec), "end.json", {"outcome": "finished"})
+            return ""
+
+    def writers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "wish"]
+
+    with holding(run, silent, timing=QUICK) as lease:
+        assert attempted(run, Finishing(run), lease).decision.action == Action.FINISH
+        until(lambda: not writers())
+
+
+def test_the_handler_of_a_signal_prints_nothing(run: RunDirectory) -> None:
+    """It may have interrupted a print that waits for a full pipe."""
+
+    def say(line: str) -> None:
+        if line.startswith("SIGTERM") and threading.current_thread() is threading.main_thread():
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+        said.append(line)
+
+    said: list[str] = []
+    launcher = Workers(run, meanwhile=lambda notify: os.kill(os.getpid(), signal.SIGTERM))
+    with holding(run, silent, timing=QUICK) as lease:
+        attempted(run, launcher, lease, say)
+    assert launcher.stopped and "SIGTERM: asking the workers to save and stop" in said
 
 
 def test_an_end_that_is_cut_off_is_none(run: RunDirectory) -> None:
