@@ -126,12 +126,11 @@ class _StopRequest:
             EventKind.NOTICE, request.reason, wish=request.kind.value, deadline=request.deadline
         )
 
-    def arrives_within(self, seconds: float) -> bool:
-        """Sleep, but not through a signal. Polled: an Event set in a signal handler could deadlock with its waiter."""
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not through a wish. Polled: an Event set in a signal handler could deadlock with its waiter."""
         deadline = time.monotonic() + seconds
         while not self.wanted and time.monotonic() < deadline:
             time.sleep(0.2)
-        return self.wanted
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -176,14 +175,15 @@ def run_attempts(
         while True:
             monitor.set_state(RunState.WAITING)
             num_workers = launcher.wait_for_room(lambda: stop.wanted, say)
+            stop_wanted = stop.wanted  # before the check: the loss of the run is such a wish, too
             lease.check()
             try:  # only now: while this one waited, workers that it took the run from may have committed, and removed
                 parent, resume_from = tip_and_newest(run, say)
             except NoUsableCheckpoint as error:
                 return Submission(Decision(Action.FAIL, str(error)), len(run.lineage()), None)
-            if not num_workers:
+            if not num_workers or stop_wanted:
                 step = resume_from.step if resume_from else 0
-                decision = decide_without_room(step, stop_wanted=stop.wanted)
+                decision = decide_without_room(step, stop_wanted=stop_wanted)
                 return Submission(decision, parent.number if parent else 0, resume_from)
             start = run.start_attempt(
                 parent, resume_from, allowed_changes, term=lease.term, claim=lease.id, num_workers=num_workers
@@ -209,8 +209,7 @@ def run_attempts(
                     f"attempt {start.number} {ended} ({decision.reason}); the next one starts in "
                     f"{decision.delay_s:.0f}s"
                 )
-                if stop.arrives_within(decision.delay_s):
-                    decision = decide(history, max_failures_without_progress, stop_wanted=True)
+                stop.wait(decision.delay_s)
             record = {"decision": asdict(decision), "end": asdict(end), "at": utc_now()}
             with suppress(OSError):  # for people; a full disk must not change what follows
                 write_json(run.attempt(start.attempt), "decision.json", record)

@@ -219,6 +219,34 @@ def test_the_drivers_loop_stops(run: RunDirectory, workers: dict[str, bool], ste
     assert launcher.stopped == (["asked to stop by a test"] if step else [])
 
 
+def test_a_stop_that_comes_with_the_room_begins_no_attempt(run: RunDirectory) -> None:
+    class Late(Workers):
+        def wait_for_room(self, cancelled: Callable[[], bool], say: Any) -> int:
+            until(cancelled)
+            return 1
+
+    launcher = Late(run)
+    with holding(run, silent, timing=QUICK) as lease:
+        threading.Timer(0.1, ask, [run]).start()
+        submission = attempted(run, launcher, lease)
+    assert submission.decision.action == Action.STOP_RESUMABLE
+    assert submission.decision.reason == "stopped on request; step 0 is saved"
+    assert launcher.attempts == submission.attempts == 0 and run.lineage() == []
+
+
+def test_a_run_that_is_lost_between_attempts_is_not_stopped_but_lost(run: RunDirectory) -> None:
+    launcher = Workers(run, fails=True)
+
+    def take_it() -> None:
+        until(lambda: launcher.attempts == 2)
+        take(run, silent, take_over=True, timing=QUICK).release()
+
+    with holding(run, silent, timing=QUICK) as lease:
+        threading.Thread(target=take_it, daemon=True).start()
+        with pytest.raises(RunHeld):
+            attempted(run, launcher, lease)
+
+
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often writing a wish fails yet, in its one element."""
