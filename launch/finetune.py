@@ -101,8 +101,8 @@ def carry_on(config: Config, lease: Lease) -> int:
         job = make_job(config, say)
         describe(job)
         action = train(job, launcher, lease)
-    lease.when_asked_to_stop(None)  # an export is ended, and begun anew or gone on with by the next command
     if action == Action.FINISH:
+        lease.when_asked_to_stop(None)  # an export is ended, and begun anew or gone on with by the next command
         export_if_asked(job)
     return _EXIT_CODES[action]
 

@@ -113,6 +113,22 @@ def test_a_request_is_heeded_once_with_its_reason(run: RunDirectory) -> None:
     assert asked == ["asked to stop by a test"]
 
 
+def test_a_request_that_could_not_be_heeded_is_heeded_again(run: RunDirectory) -> None:
+    asked: list[str] = []
+
+    def act(reason: str) -> None:
+        asked.append(reason)
+        if len(asked) < 3:
+            raise OSError(errno.EIO, "the storage is away")
+
+    with holding(run, silent, timing=QUICK) as lease:
+        lease.when_asked_to_stop(act)
+        ask(run)
+        until(lambda: len(asked) == 3)
+        time.sleep(5 * QUICK.heartbeat_s)
+    assert len(asked) == 3, "once it was"
+
+
 def test_a_later_submission_is_not_asked(run: RunDirectory) -> None:
     commit(run, run.start_attempt(None, None, ()).attempt, 5)
     asked: list[str] = []
@@ -352,20 +368,10 @@ def test_an_end_that_is_cut_off_is_none(run: RunDirectory) -> None:
     assert launcher.attempts == 2
 
 
-def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the last attempt nobody is there any more who would ask workers to stop."""
-
+def stand_in_for_carrying_on(monkeypatch: pytest.MonkeyPatch, train: Any, export: Any) -> None:
     @contextmanager
     def launching(config: Any) -> Iterator[Any]:
         yield SimpleNamespace(check_capacity=lambda: None)
-
-    def train(job: Any, launcher: Any, lease: Lease) -> Action:
-        lease.when_asked_to_stop(lambda reason: None)
-        return Action.FINISH
-
-    def export(job: Any) -> None:
-        ask(run)
-        time.sleep(10)
 
     for name, stand_in in (
         ("launching", launching),
@@ -375,9 +381,44 @@ def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPat
         ("export_if_asked", export),
     ):
         monkeypatch.setattr(finetune, name, stand_in)
+
+
+@pytest.mark.parametrize("when", ["in the last step", "while it exports"])
+def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Behind the last attempt nobody is there any more who would ask workers to stop."""
+
+    def train(job: Any, launcher: Any, lease: Lease) -> Action:
+        asked: list[str] = []
+        lease.when_asked_to_stop(asked.append)
+        if when == "in the last step":
+            ask(run)
+            until(lambda: bool(asked))
+        return Action.FINISH
+
+    def export(job: Any) -> None:
+        if when == "while it exports":
+            ask(run)
+        time.sleep(10)
+
+    stand_in_for_carrying_on(monkeypatch, train, export)
     with pytest.raises(SystemExit) as ended, holding(run, silent, timing=QUICK) as lease:
         finetune.carry_on(SimpleNamespace(cluster=None), lease)  # type: ignore[arg-type]
     assert ended.value.code == 143
+
+
+def test_a_run_that_has_stopped_is_not_ended_once_more(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(job: Any, launcher: Any, lease: Lease) -> Action:
+        asked: list[str] = []
+        lease.when_asked_to_stop(asked.append)
+        ask(run)
+        until(lambda: bool(asked))
+        return Action.STOP_RESUMABLE
+
+    stand_in_for_carrying_on(monkeypatch, train, None)
+    with holding(run, silent, timing=QUICK) as lease:
+        code = finetune.carry_on(SimpleNamespace(cluster=None), lease)  # type: ignore[arg-type]
+        time.sleep(5 * QUICK.heartbeat_s)
+    assert code == 75
 
 
 @pytest.mark.parametrize(
