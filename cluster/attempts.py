@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from cluster.launcher import WorkerLauncher
 from cluster.lease import Lease
 from cluster.run_metrics import RunState
 from cluster.run_monitor import Monitor, NoMonitor
+from data_shards.errors import CorruptFile
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
 from trainer.events import EventKind, EventLog
@@ -29,6 +31,11 @@ from trainer.run_directory import (
     write_json,
 )
 from trainer.survey import NoUsableCheckpoint, quarantine, survey, tip_and_newest
+
+log = logging.getLogger(__name__)
+
+_AGAIN_S = 1.0
+"""After which a wish that could not be written is written again; workers look as often."""
 
 
 @dataclass(frozen=True)
@@ -56,64 +63,84 @@ class _StopRequest:
         self._grace_s = grace_s
         self._deadline: float | None = None
         self._reason = "the driver was asked to stop"
+        self._latest: StopRequest | None = None
+        self._writing = threading.Lock()
         self.wanted = False
         self.attempt: str | None = None
+        """the last one that was started"""
 
     def handle(self, signum: int, _frame: Any) -> None:
+        """Prints and writes nothing itself: it may interrupt code that holds the very locks that this needs."""
         first, self.wanted = not self.wanted, True
         if first:
             self._deadline = time.time() + self._grace_s if self._grace_s is not None else None
-            self._say(f"{signal.Signals(signum).name}: asking the workers to save and stop")
-        # Not in the handler itself: it may interrupt code that holds the very locks that writing needs.
-        threading.Thread(target=self.forward, daemon=True).start()
+            line = f"{signal.Signals(signum).name}: asking the workers to save and stop"
+            threading.Thread(target=self._say, args=(line,), daemon=True).start()
+        self.forward()
 
     def lose(self) -> None:
-        self._reason = "another launcher took the run over"
-        self.wanted = True
-        self._say(f"{self._reason}: the workers stop")
+        self._reason, self.wanted = "another launcher took the run over", True
         self.forward()
+        self._say(f"{self._reason}: the workers stop")
 
     def ask(self, reason: str) -> None:
         self._reason, self.wanted = reason, True
-        self._say(f"{reason}: asking the workers to save and stop")
         self.forward()
+        self._say(f"{reason}: asking the workers to save and stop")
 
     def forward(self) -> None:
-        if self.wanted and self.attempt is not None:
-            self._pass_on(self.attempt, StopRequest(self._reason, StopKind.STOP, self._deadline))
+        if self.wanted:
+            self._pass_on(StopRequest(self._reason, StopKind.STOP, self._deadline))
 
     def notice(self, request: StopRequest) -> None:
         """Of the launcher: the attempt should save and end. Where the run is to go on, that is no wish to stop it."""
-        self._say(f"{request.reason}: asking the workers to save")
         if request.kind == StopKind.STOP:
             self.wanted, self._reason, self._deadline = True, request.reason, request.deadline
         elif self.wanted:  # the run does not go on after it
             request = replace(request, kind=StopKind.STOP)
-        if self.attempt is not None:
-            self._pass_on(self.attempt, request)
+        self._pass_on(request)
+        self._say(f"{request.reason}: asking the workers to save")
 
-    def _pass_on(self, attempt: str, request: StopRequest) -> None:
+    def _pass_on(self, request: StopRequest) -> None:
+        """On a thread of its own: neither a signal's handler nor the heartbeat may wait for the storage."""
+        if self.attempt is not None:
+            self._latest = request
+            threading.Thread(target=self._write, args=(self.attempt, request), name="wish", daemon=True).start()
+
+    def _write(self, attempt: str, request: StopRequest) -> None:
+        """Until it is written, or is of no use any more."""
+        told = False
+        while True:
+            with self._writing:  # else an earlier request could be written over a later one
+                if self.attempt != attempt or self._latest is not request:
+                    return
+                try:
+                    self._run.request_stop(attempt, request.reason, request.kind, request.deadline)
+                    break
+                except OSError as error:
+                    if not told:
+                        log.warning("the workers could not be asked to save, trying again until they are: %s", error)
+                    told = True
+            time.sleep(_AGAIN_S)
         EventLog(self._run, attempt).record(
             EventKind.NOTICE, request.reason, wish=request.kind.value, deadline=request.deadline
         )
-        self._run.request_stop(attempt, request.reason, request.kind, request.deadline)
 
-    def arrives_within(self, seconds: float) -> bool:
-        """Sleep, but not through a signal. Polled: an Event set in a signal handler could deadlock with its waiter."""
+    def wait(self, seconds: float) -> None:
+        """Sleep, but not through a wish. Polled: an Event set in a signal handler could deadlock with its waiter."""
         deadline = time.monotonic() + seconds
         while not self.wanted and time.monotonic() < deadline:
             time.sleep(0.2)
-        return self.wanted
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self.handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        is_main = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+        before = {number: signal.signal(number, self.handle) for number in signals}
         try:
             yield
         finally:
+            self.attempt = None
             for number, handler in before.items():
                 signal.signal(number, handler)
 
@@ -148,14 +175,15 @@ def run_attempts(
         while True:
             monitor.set_state(RunState.WAITING)
             num_workers = launcher.wait_for_room(lambda: stop.wanted, say)
+            stop_wanted = stop.wanted  # before the check: the loss of the run is such a wish, too
             lease.check()
             try:  # only now: while this one waited, workers that it took the run from may have committed, and removed
                 parent, resume_from = tip_and_newest(run, say)
             except NoUsableCheckpoint as error:
                 return Submission(Decision(Action.FAIL, str(error)), len(run.lineage()), None)
-            if not num_workers:
+            if not num_workers or stop_wanted:
                 step = resume_from.step if resume_from else 0
-                decision = decide_without_room(step, stop_wanted=stop.wanted)
+                decision = decide_without_room(step, stop_wanted=stop_wanted)
                 return Submission(decision, parent.number if parent else 0, resume_from)
             start = run.start_attempt(
                 parent, resume_from, allowed_changes, term=lease.term, claim=lease.id, num_workers=num_workers
@@ -181,8 +209,7 @@ def run_attempts(
                     f"attempt {start.number} {ended} ({decision.reason}); the next one starts in "
                     f"{decision.delay_s:.0f}s"
                 )
-                if stop.arrives_within(decision.delay_s):
-                    decision = decide(history, max_failures_without_progress, stop_wanted=True)
+                stop.wait(decision.delay_s)
             record = {"decision": asdict(decision), "end": asdict(end), "at": utc_now()}
             with suppress(OSError):  # for people; a full disk must not change what follows
                 write_json(run.attempt(start.attempt), "decision.json", record)
@@ -206,7 +233,7 @@ def _newest(run: RunDirectory) -> CheckpointRef | None:
 
 def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> AttemptEnd:
     """Look at what the attempt has left; a checkpoint that it found to be corrupt is put in quarantine."""
-    end = read_json(run.attempt(start.attempt), "end.json")
+    end = _end_written(run, start.attempt)
     error = None if end is not None else root_cause(run.errors_of(start.attempt))
     newest = _newest(run)
     committed = newest.step if newest else 0
@@ -215,6 +242,13 @@ def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> Atte
     kind = EndKind(end["outcome"]) if end is not None else EndKind.FAILED
     lost = lost if end is None else ""
     return AttemptEnd(kind, start.start_step, committed, error, lost, _making_way(run, start.attempt))
+
+
+def _end_written(run: RunDirectory, attempt: str) -> Any:
+    """None also where it was cut off: the machine of its writer may have gone."""
+    with suppress(CorruptFile):
+        return read_json(run.attempt(attempt), "end.json")
+    return None
 
 
 def _making_way(run: RunDirectory, attempt: str) -> str:

@@ -110,8 +110,9 @@ class Lease:
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._when_lost: Callable[[], object] = lambda: None
-        self._when_asked: Callable[[str], object] | None = None
-        self._asked = False
+        self._when_asked: Callable[[str], object] = _end_as_by_sigterm
+        self._told: Callable[[str], object] | None = None
+        """which ``act`` was called with the request to stop"""
         self.lost_to: Claim | None = None
         self.passed_over = passed_over
         """holds of others that ended without being let go"""
@@ -132,9 +133,10 @@ class Lease:
 
     def when_asked_to_stop(self, act: Callable[[str], object] | None) -> None:
         """``act`` is called with the reason, on the heartbeat's thread, once somebody asks this holder through the
-        storage to save and stop (`baton stop`). None, as at first: SIGTERM to this process, there being nothing to
-        save."""
-        self._when_asked = act
+        storage to save and stop (`baton stop`); where it raises, again with the next heartbeat. None, as at first:
+        SIGTERM to this process, there being nothing to save. A new ``act`` is told of a request that came before, too:
+        what has begun since is to stop as well."""
+        self._when_asked = act or _end_as_by_sigterm
 
     def keep(self, heartbeat_s: float) -> None:
         """Start the heartbeat."""
@@ -158,15 +160,11 @@ class Lease:
                 self._mine = self._desk.put(self._mine)
 
     def _heed_request(self) -> None:
-        if self._asked or self.id not in self._desk.asked:
+        act = self._when_asked
+        if self._closed.is_set() or self._told is act or self.id not in self._desk.asked:
             return
-        reason = self._desk.why_to_stop(self._mine)
-        self._asked = True
-        if self._when_asked is not None:
-            self._when_asked(reason)
-        else:
-            log.warning("%s", reason)
-            os.kill(os.getpid(), signal.SIGTERM)
+        act(self._desk.why_to_stop(self._mine))
+        self._told = act
 
     def check(self) -> None:
         """Called before what only the run's holder may do. Raises RunHeld where it is another's by now."""
@@ -191,6 +189,11 @@ class Lease:
                 self._desk.remove(self._mine)
             else:
                 self._desk.put(self._mine, state=State.RELEASED)
+
+
+def _end_as_by_sigterm(reason: str) -> None:
+    log.warning("%s", reason)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def take(

@@ -17,6 +17,8 @@ from data_shards.errors import BadInput
 
 TOKEN = "BATON_NOTICE_TOKEN"
 _MOST_BYTES = 4096
+_MOST_SECONDS = 366 * 86400.0
+"""Nobody gives notice earlier; what is infinite, or near it, is no time for Ray."""
 
 Tell = Callable[[str, float | None], bool]
 """Of a node's name and the seconds left; returns whether there is such a node."""
@@ -65,8 +67,10 @@ def _handler(token: str, tell: Tell) -> type[BaseHTTPRequestHandler]:
                     raise ValueError(f"a body of {length} bytes")
                 value = json.loads(self.rfile.read(length))
                 node, seconds = value["node"], value.get("seconds")
-                left = None if seconds is None else max(0.0, float(seconds))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                left = None if seconds is None else float(seconds)
+                if left is not None and not 0 <= left <= _MOST_SECONDS:
+                    raise ValueError(f"{left} seconds")
+            except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
                 self._answer(400, f'expected {{"node": "…", "seconds": 30}} ({error})')
                 return
             if tell(str(node), left):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 if __package__ in (None, ""):  # as a script: `python launch/finetune.py`
@@ -14,7 +15,7 @@ from cluster.failures import Action
 from cluster.launcher import WorkerLauncher, launching
 from cluster.lease import Lease, holding
 from cluster.run_metrics import RunState
-from data_shards.errors import BadInput
+from data_shards.errors import BadInput, BatonError
 from launch.cli import config_from, config_parser, finished, run_verb, under_torchrun
 from launch.config import Config, to_yaml
 from launch.exit_codes import ExitCode
@@ -26,6 +27,8 @@ from launch.plan_text import lines_of
 from launch.torchrun import finetune_as_worker
 from trainer.errors import RunHeld
 from trainer.progress_log import say
+from trainer.room import is_out_of_room
+from trainer.survey import survey
 
 _EXIT_CODES = {
     Action.FINISH: ExitCode.DONE,
@@ -98,8 +101,8 @@ def carry_on(config: Config, lease: Lease) -> int:
         job = make_job(config, say)
         describe(job)
         action = train(job, launcher, lease)
-    lease.when_asked_to_stop(None)  # an export is ended, and begun anew or gone on with by the next command
     if action == Action.FINISH:
+        lease.when_asked_to_stop(None)  # an export is ended, and begun anew or gone on with by the next command
         export_if_asked(job)
     return _EXIT_CODES[action]
 
@@ -130,16 +133,29 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
             allowed_changes=standing.allowed_changes,
             say=say,
         )
+    except RunHeld:
+        ended = RunState.STOPPED
+        raise
+    except Exception as error:
+        record_failure(job, lease, error)
+        raise
+    else:
         decision = submission.decision
         write_result(job, submission.checkpoint, decision.action.value, decision.reason)
         say(f"{decision.action.value}: {decision.reason}")
         ended = _END_STATES.get(decision.action, RunState.FAILED)
         return decision.action
-    except RunHeld:
-        ended = RunState.STOPPED
-        raise
     finally:
         monitor.close(ended)
+
+
+def record_failure(job: Job, lease: Lease, error: Exception) -> None:
+    """For scripts, and for `baton stop`, which waits for it; unless the storage is what failed, or the run is lost."""
+    with suppress(OSError, BatonError):
+        lease.check()
+        usable = survey(job.run).usable
+        status = Action.STOP_RESUMABLE if is_out_of_room(error) else Action.FAIL  # as the exit code says
+        write_result(job, usable[-1] if usable else None, status.value, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

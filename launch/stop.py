@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     say(f"asked {hold.claim.holder} to save and stop; it looks with each heartbeat")
     if options.no_wait:
         return ExitCode.DONE
-    return _report(run, before, _wait(onlooker, hold.claim))
+    return _report(run, hold.claim, before, _wait(onlooker, hold.claim))
 
 
 def _wait(onlooker: Onlooker, claim: Claim) -> Life:
@@ -59,11 +59,20 @@ def _result(run: RunDirectory) -> dict[str, Any]:
     return read_json(run.storage, "result.json") or {}
 
 
-def _report(run: RunDirectory, before: dict[str, Any], end: Life) -> int:
+def _has_no_last_word(run: RunDirectory, claim: Claim, result: dict[str, Any]) -> bool:
+    """Whether the launcher of this claim has begun attempts that the result does not count."""
+    chain = run.lineage()
+    return any(start.claim == claim.id for start in chain) and result.get("attempts", 0) < len(chain)
+
+
+def _report(run: RunDirectory, claim: Claim, before: dict[str, Any], end: Life) -> int:
     """How it ended, in words and as an exit code."""
     result = _result(run)
     if end == Life.DEAD:
         say("its launcher died before it could stop in order; the same command goes on from the newest checkpoint")
+        return ExitCode.FAILED
+    if result == before and _has_no_last_word(run, claim, result):
+        say("its launcher left no result: it failed, or lost the run to another one (`baton status` tells more)")
         return ExitCode.FAILED
     if result == before:  # it had not come as far as training, or was past it
         say("stopped; nothing had to be saved")

@@ -291,11 +291,12 @@ class RunDirectory:
         write_json(self.attempt(attempt).child("notices"), f"rank-{rank:05d}.json", asdict(request) | {"node": node})
 
     def notices(self, attempt: str) -> dict[str, StopRequest]:
-        """Such words, by the machine that they are about."""
+        """Such words, by the machine that they are about; without those that were cut off when it went."""
         folder = self.attempt(attempt).child("notices")
-        found = {}
+        found: dict[str, StopRequest] = {}
         for name in folder.list():
-            if value := read_json(folder, name):
-                request = StopRequest(value["reason"], StopKind(value["kind"]), value["deadline"])
-                found[value["node"]] = request
+            with suppress(CorruptFile):
+                if value := read_json(folder, name):
+                    request = StopRequest(value["reason"], StopKind(value["kind"]), value["deadline"])
+                    found[value["node"]] = request
         return found

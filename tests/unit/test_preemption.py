@@ -286,6 +286,12 @@ def test_a_notice_that_says_nothing_is_refused(asked: Asked, body: Any) -> None:
     assert asked.post(body) == 400 and asked.told == []
 
 
+@pytest.mark.parametrize("seconds", ["inf", float("inf"), float("nan"), -1, 1e300, pytest.param(10**400, id="huge")])
+def test_seconds_that_are_no_time_are_refused(asked: Asked, seconds: Any) -> None:
+    """Else Ray would be told to drain until then, and nobody who gave notice would hear that it failed."""
+    assert asked.post({"node": "here", "seconds": seconds}) == 400 and asked.told == []
+
+
 def test_a_notice_needs_the_token(asked: Asked) -> None:
     assert asked.post({"node": "here"}, token="guessed") == 401
     assert asked.post({"node": "here"}, token="rightt") == 401

@@ -21,7 +21,7 @@ from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach, RunHeld
 from trainer.rank_file import RankFile
 from trainer.retention import Sparing, prune
-from trainer.run_directory import AttemptStart, RunDirectory, WorkerError, fences
+from trainer.run_directory import AttemptStart, RunDirectory, StopKind, StopRequest, WorkerError, fences
 from trainer.survey import (
     NoUsableCheckpoint,
     durable_checkpoints,
@@ -305,3 +305,12 @@ def test_an_error_report_that_is_cut_off_does_not_keep_a_run_from_going_on(tmp_p
     assert [error.message for error in run.errors_of(second.attempt)] == ["whole"]
     newest = newest_usable(run)
     assert newest is not None and newest.name == name
+
+
+def test_a_notice_that_is_cut_off_hides_no_other(tmp_path: Path) -> None:
+    """Its writer's machine was about to go."""
+    run = RunDirectory.at(str(tmp_path))
+    leaving = StopRequest("the machine goes away", StopKind.PREEMPTED, 17.5)
+    run.notify("a1", 1, "node-7", leaving)
+    run.attempt("a1").write("notices/rank-00000.json", [b'{"reason": "the mach'])
+    assert run.notices("a1") == {"node-7": leaving}

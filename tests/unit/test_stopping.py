@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import threading
@@ -16,16 +18,20 @@ from typing import Any
 
 import pytest
 
-from cluster.attempts import run_attempts
+from cluster import attempts
+from cluster.attempts import Submission, run_attempts
 from cluster.claims import State, Timing
 from cluster.failures import Action
 from cluster.holder import Holder, Life, process, this_process
 from cluster.lease import Lease, World, holding, take
 from cluster.onlooker import Onlooker
+from cluster.run_monitor import NoMonitor
+from data_shards.errors import CorruptFile
 from launch import finetune, stop
 from tests.support.command import run_here
 from tests.unit.test_run_directory import commit
-from trainer.run_directory import RunDirectory, write_json
+from trainer.errors import RunHeld
+from trainer.run_directory import RunDirectory, StopKind, StopRequest, read_json, write_json
 from trainer.survey import newest_usable
 
 QUICK = Timing(heartbeat_s=0.05, patience_s=0.5, settle_s=0.01)
@@ -107,6 +113,22 @@ def test_a_request_is_heeded_once_with_its_reason(run: RunDirectory) -> None:
     assert asked == ["asked to stop by a test"]
 
 
+def test_a_request_that_could_not_be_heeded_is_heeded_again(run: RunDirectory) -> None:
+    asked: list[str] = []
+
+    def act(reason: str) -> None:
+        asked.append(reason)
+        if len(asked) < 3:
+            raise OSError(errno.EIO, "the storage is away")
+
+    with holding(run, silent, timing=QUICK) as lease:
+        lease.when_asked_to_stop(act)
+        ask(run)
+        until(lambda: len(asked) == 3)
+        time.sleep(5 * QUICK.heartbeat_s)
+    assert len(asked) == 3, "once it was"
+
+
 def test_a_later_submission_is_not_asked(run: RunDirectory) -> None:
     commit(run, run.start_attempt(None, None, ()).attempt, 5)
     asked: list[str] = []
@@ -160,6 +182,8 @@ class Workers:
     run_directory: RunDirectory
     has_room: bool = True
     fails: bool = False
+    meanwhile: Callable[[Any], object] = lambda notify: None
+    """what happens while an attempt runs"""
     stopped: list[str] = field(default_factory=list)
     attempts: int = 0
 
@@ -172,11 +196,23 @@ class Workers:
         self.attempts += 1
         if self.fails:
             return "rank 0 exited with 1"
+        self.meanwhile(notify)
         until(lambda: self.run_directory.stop_request(spec))
         self.stopped.append(json.loads(self.run_directory.attempt(spec).read("stop.json"))["reason"])
         commit(self.run_directory, spec, 7)
         write_json(self.run_directory.attempt(spec), "end.json", {"outcome": "stopped"})
         return ""
+
+
+def attempted(run: RunDirectory, launcher: Workers, lease: Lease, say: Callable[[str], None] = silent) -> Submission:
+    return run_attempts(
+        run,
+        launcher,  # type: ignore[arg-type]
+        lambda attempt, resume_from: attempt,  # type: ignore[arg-type, return-value]
+        lease=lease,
+        max_failures_without_progress=100,
+        say=say,
+    )
 
 
 @pytest.mark.parametrize(
@@ -191,14 +227,7 @@ def test_the_drivers_loop_stops(run: RunDirectory, workers: dict[str, bool], ste
             threading.Thread(target=lambda: (until(lambda: launcher.attempts == 2), ask(run)), daemon=True).start()
         else:
             threading.Timer(0.2, ask, [run]).start()
-        submission = run_attempts(
-            run,
-            launcher,  # type: ignore[arg-type]
-            lambda attempt, resume_from: attempt,  # type: ignore[arg-type, return-value]
-            lease=lease,
-            max_failures_without_progress=100,
-            say=silent,
-        )
+        submission = attempted(run, launcher, lease)
     assert submission.decision.action == Action.STOP_RESUMABLE
     assert submission.decision.reason == f"stopped on request; step {step} is saved"
     newest = newest_usable(run, silent)
@@ -206,20 +235,143 @@ def test_the_drivers_loop_stops(run: RunDirectory, workers: dict[str, bool], ste
     assert launcher.stopped == (["asked to stop by a test"] if step else [])
 
 
-def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind the last attempt nobody is there any more who would ask workers to stop."""
+def test_a_stop_that_comes_with_the_room_begins_no_attempt(run: RunDirectory) -> None:
+    class Late(Workers):
+        def wait_for_room(self, cancelled: Callable[[], bool], say: Any) -> int:
+            until(cancelled)
+            return 1
 
+    launcher = Late(run)
+    with holding(run, silent, timing=QUICK) as lease:
+        threading.Timer(0.1, ask, [run]).start()
+        submission = attempted(run, launcher, lease)
+    assert submission.decision.action == Action.STOP_RESUMABLE
+    assert submission.decision.reason == "stopped on request; step 0 is saved"
+    assert launcher.attempts == submission.attempts == 0 and run.lineage() == []
+
+
+def test_a_run_that_is_lost_between_attempts_is_not_stopped_but_lost(run: RunDirectory) -> None:
+    launcher = Workers(run, fails=True)
+
+    def take_it() -> None:
+        until(lambda: launcher.attempts == 2)
+        take(run, silent, take_over=True, timing=QUICK).release()
+
+    with holding(run, silent, timing=QUICK) as lease:
+        threading.Thread(target=take_it, daemon=True).start()
+        with pytest.raises(RunHeld):
+            attempted(run, launcher, lease)
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often writing a wish fails yet, in its one element."""
+    left, write = [3], RunDirectory.request_stop
+
+    def fail_or_write(run: RunDirectory, *arguments: Any) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "Stale file handle")
+        write(run, *arguments)
+
+    monkeypatch.setattr(RunDirectory, "request_stop", fail_or_write)
+    monkeypatch.setattr(attempts, "_AGAIN_S", 0.05)
+    return left
+
+
+@pytest.mark.parametrize(
+    ("way", "reason"),
+    [
+        ("signal", "the driver was asked to stop"),
+        ("request", "asked to stop by a test"),
+        ("notice", "the machine goes away"),
+    ],
+)
+def test_a_wish_that_can_not_be_written_is_written_again(
+    run: RunDirectory, failing: list[int], way: str, reason: str
+) -> None:
+    ways: dict[str, Callable[[Any], object]] = {
+        "signal": lambda notify: os.kill(os.getpid(), signal.SIGTERM),
+        "request": lambda notify: ask(run),
+        "notice": lambda notify: notify(StopRequest(reason)),
+    }
+    launcher = Workers(run, meanwhile=ways[way])
+    with holding(run, silent, timing=QUICK) as lease:
+        submission = attempted(run, launcher, lease)
+    assert failing == [0]
+    assert submission.decision.action == Action.STOP_RESUMABLE and launcher.stopped == [reason]
+
+
+def test_of_two_wishes_the_later_one_stands(run: RunDirectory, failing: list[int]) -> None:
+    failing[0] = 1000
+
+    def both(notify: Any) -> None:
+        notify(StopRequest("the machine goes away", StopKind.PREEMPTED, deadline=17.5))
+        notify(StopRequest("the driver's machine goes away", StopKind.STOP))
+        failing[0] = 0
+
+    launcher = Workers(run, meanwhile=both)
+    with holding(run, silent, timing=QUICK) as lease:
+        attempted(run, launcher, lease)
+    time.sleep(0.2)
+    (start,) = run.lineage()
+    assert run.stop_request(start.attempt) == StopRequest("the driver's machine goes away", StopKind.STOP)
+
+
+def test_a_wish_is_written_for_as_long_as_the_attempts_last(run: RunDirectory, failing: list[int]) -> None:
+    failing[0] = 1_000_000
+
+    class Finishing(Workers):
+        def run(self, spec: Any, num_workers: int, notify: Any) -> str:
+            notify(StopRequest("the machine goes away"))
+            until(lambda: failing[0] < 1_000_000)
+            assert writers()
+            write_json(self.run_directory.attempt(spec), "end.json", {"outcome": "finished"})
+            return ""
+
+    def writers() -> list[threading.Thread]:
+        return [thread for thread in threading.enumerate() if thread.name == "wish"]
+
+    with holding(run, silent, timing=QUICK) as lease:
+        assert attempted(run, Finishing(run), lease).decision.action == Action.FINISH
+        until(lambda: not writers())
+
+
+def test_the_handler_of_a_signal_prints_nothing(run: RunDirectory) -> None:
+    """It may have interrupted a print that waits for a full pipe."""
+
+    def say(line: str) -> None:
+        if line.startswith("SIGTERM") and threading.current_thread() is threading.main_thread():
+            raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+        said.append(line)
+
+    said: list[str] = []
+    launcher = Workers(run, meanwhile=lambda notify: os.kill(os.getpid(), signal.SIGTERM))
+    with holding(run, silent, timing=QUICK) as lease:
+        attempted(run, launcher, lease, say)
+    assert launcher.stopped and "SIGTERM: asking the workers to save and stop" in said
+
+
+def test_an_end_that_is_cut_off_is_none(run: RunDirectory) -> None:
+    """Its writer's machine went meanwhile; an object store shows what had come by then."""
+
+    class CutOff(Workers):
+        def run(self, spec: Any, num_workers: int, notify: Any) -> str:
+            self.attempts += 1
+            whole = json.dumps({"outcome": "finished"}).encode()
+            self.run_directory.attempt(spec).write("end.json", [whole[:7] if self.attempts == 1 else whole])
+            return ""
+
+    launcher = CutOff(run)
+    with holding(run, silent, timing=QUICK) as lease:
+        assert attempted(run, launcher, lease).decision.action == Action.FINISH
+    assert launcher.attempts == 2
+
+
+def stand_in_for_carrying_on(monkeypatch: pytest.MonkeyPatch, train: Any, export: Any) -> None:
     @contextmanager
     def launching(config: Any) -> Iterator[Any]:
         yield SimpleNamespace(check_capacity=lambda: None)
-
-    def train(job: Any, launcher: Any, lease: Lease) -> Action:
-        lease.when_asked_to_stop(lambda reason: None)
-        return Action.FINISH
-
-    def export(job: Any) -> None:
-        ask(run)
-        time.sleep(10)
 
     for name, stand_in in (
         ("launching", launching),
@@ -229,9 +381,89 @@ def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPat
         ("export_if_asked", export),
     ):
         monkeypatch.setattr(finetune, name, stand_in)
+
+
+@pytest.mark.parametrize("when", ["in the last step", "while it exports"])
+def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    """Behind the last attempt nobody is there any more who would ask workers to stop."""
+
+    def train(job: Any, launcher: Any, lease: Lease) -> Action:
+        asked: list[str] = []
+        lease.when_asked_to_stop(asked.append)
+        if when == "in the last step":
+            ask(run)
+            until(lambda: bool(asked))
+        return Action.FINISH
+
+    def export(job: Any) -> None:
+        if when == "while it exports":
+            ask(run)
+        time.sleep(10)
+
+    stand_in_for_carrying_on(monkeypatch, train, export)
     with pytest.raises(SystemExit) as ended, holding(run, silent, timing=QUICK) as lease:
         finetune.carry_on(SimpleNamespace(cluster=None), lease)  # type: ignore[arg-type]
     assert ended.value.code == 143
+
+
+def test_a_run_that_has_stopped_is_not_ended_once_more(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(job: Any, launcher: Any, lease: Lease) -> Action:
+        asked: list[str] = []
+        lease.when_asked_to_stop(asked.append)
+        ask(run)
+        until(lambda: bool(asked))
+        return Action.STOP_RESUMABLE
+
+    stand_in_for_carrying_on(monkeypatch, train, None)
+    with holding(run, silent, timing=QUICK) as lease:
+        code = finetune.carry_on(SimpleNamespace(cluster=None), lease)  # type: ignore[arg-type]
+        time.sleep(5 * QUICK.heartbeat_s)
+    assert code == 75
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (OSError(errno.EIO, "Input/output error"), "failed"),
+        (OSError(errno.ENOSPC, "No space left on device"), "stopped"),
+        (CorruptFile("start.json: not valid JSON"), "failed"),
+        (RuntimeError("of Ray's own"), "failed"),
+        (RunHeld("taken over"), None),
+    ],
+)
+@pytest.mark.parametrize("taken_over", [False, True])
+def test_a_launcher_that_fails_leaves_a_result(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, error: Exception, status: str | None, taken_over: bool
+) -> None:
+    job = SimpleNamespace(
+        run=run,
+        sampler=SimpleNamespace(num_steps=9),
+        spec=lambda attempt, resume_from: attempt,
+        config=SimpleNamespace(
+            run=SimpleNamespace(name="mine"),
+            metrics=None,
+            cluster=SimpleNamespace(max_failures_without_progress=3, stop_grace_s=None),
+        ),
+    )
+    launcher: Any = SimpleNamespace(check_reach=lambda spec, say: None, open_monitor=lambda *_: NoMonitor())
+
+    def fail(*_: Any, lease: Lease, **__: Any) -> None:
+        commit(run, run.start_attempt(None, None, (), term=lease.term, claim=lease.id).attempt, 5)
+        if taken_over:
+            take(run, silent, take_over=True, timing=QUICK).release()
+        raise error
+
+    standing = SimpleNamespace(finished=False, newest=None, allowed_changes=())
+    monkeypatch.setattr(finetune, "settle", lambda job, say: standing)
+    monkeypatch.setattr(finetune, "run_attempts", fail)
+    with holding(run, silent, timing=QUICK) as lease, pytest.raises(type(error)):
+        finetune.train(job, launcher, lease)  # type: ignore[arg-type]
+    result = read_json(run.storage, "result.json")
+    if status is None or taken_over:
+        assert result is None, "that is for who has the run now"
+    else:
+        assert result["status"] == status and result["step"] == 5 and result["attempts"] == 1
+        assert result["reason"] == f"{type(error).__name__}: {error}"
 
 
 def test_the_command_refuses_where_nobody_holds_the_run(run: RunDirectory, tmp_path: Path) -> None:
@@ -269,6 +501,36 @@ def test_the_command_tells_how_it_ended(
     lease.keep(QUICK.heartbeat_s)
     done = run_here(stop.main, str(tmp_path))
     assert done.code == code and said in done.output, done.output
+
+
+@pytest.mark.parametrize(
+    ("told_of", "code", "said"),
+    [(1, 1, "its launcher left no result"), (2, 0, "stopped; nothing had to be saved")],
+    ids=["of its attempt nothing is told", "it was past that, and exported"],
+)
+def test_no_result_is_no_success(run: RunDirectory, tmp_path: Path, told_of: int, code: int, said: str) -> None:
+    earlier = run.start_attempt(None, None, ())
+    commit(run, earlier.attempt, 5)
+    lease = held(run, this_process())
+    run.start_attempt(earlier, newest_usable(run, silent), (), term=lease.term, claim=lease.id)
+    write_json(run.storage, "result.json", {"status": "finished", "step": 5, "reason": "", "attempts": told_of})
+    lease.when_asked_to_stop(lambda reason: lease.release())
+    lease.keep(QUICK.heartbeat_s)
+    done = run_here(stop.main, str(tmp_path))
+    assert done.code == code and said in done.output, done.output
+
+
+def test_a_run_that_was_taken_over_was_not_stopped(run: RunDirectory, tmp_path: Path) -> None:
+    lease = held(run, this_process())
+    commit(run, run.start_attempt(None, None, (), term=lease.term, claim=lease.id).attempt, 5)
+
+    def lose(reason: str) -> None:
+        take(run, silent, take_over=True, timing=QUICK)
+
+    lease.when_asked_to_stop(lose)
+    lease.keep(QUICK.heartbeat_s)
+    done = run_here(stop.main, str(tmp_path))
+    assert done.code == 1 and "or lost the run to another one" in done.output, done.output
 
 
 def test_the_command_need_not_wait_and_tells_of_a_death(
