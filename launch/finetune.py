@@ -19,13 +19,14 @@ from data_shards.errors import BadInput, BatonError
 from launch.cli import config_from, config_parser, finished, run_verb, under_torchrun
 from launch.config import Config, to_yaml
 from launch.exit_codes import ExitCode
-from launch.job import Job, export_if_asked, make_job, settle, write_result
-from launch.places import open_run_to_write
+from launch.job import Job, Standing, export_if_asked, make_job, settle, write_result
+from launch.places import open_run, open_run_to_write
 from launch.plan import find_problem, report_of
 from launch.plan_inputs import find_target, plan_of_prepared
 from launch.plan_text import lines_of
 from launch.torchrun import finetune_as_worker
 from trainer.errors import RunHeld
+from trainer.events import has_trained_on_gpus
 from trainer.progress_log import say
 from trainer.room import is_out_of_room
 from trainer.survey import survey
@@ -60,6 +61,23 @@ def show_plan(job: Job) -> None:
         raise BadInput(f"the run does not fit: {found}")
     if found:  # the workers' machines may have what this one has not
         say(f"here the run would not fit: {found}")
+
+
+def check_fits(job: Job, standing: Standing) -> None:
+    """Raises BadInput where a new run surely does not fit. One that has trained is only told of: it may fit after all.
+    Nothing is said where it is not known here what the workers' machines have."""
+    try:
+        target = find_target(job.config)
+    except BadInput:
+        return
+    if target.assumed:
+        return
+    data = plan_of_prepared(job.dataset.manifest)
+    found = find_problem(job.config, data, report_of(job.config, data, target, job.base), job.base)
+    if found and standing.newest is None:
+        raise BadInput(f"the run does not fit: {found}. `baton plan` shows the whole plan")
+    if found:
+        say(f"by its plan the run does not fit: {found}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -97,7 +115,7 @@ def dry_run(config: Config) -> int:
 def carry_on(config: Config, lease: Lease) -> int:
     """From wherever the run stands to its end, or to what ends this submission."""
     with launching(config.cluster) as launcher:
-        launcher.check_capacity()
+        launcher.check_capacity(on_gpus=has_trained_on_gpus(open_run(config)))
         job = make_job(config, say)
         describe(job)
         action = train(job, launcher, lease)
@@ -118,6 +136,7 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
         say(f"the run is finished: step {standing.newest.step if standing.newest else 0} is its last; nothing to do")
         write_result(job, standing.newest, Action.FINISH.value, reason)
         return Action.FINISH
+    check_fits(job, standing)
     launcher.check_reach(job.spec("", standing.newest), say)
     monitor = launcher.open_monitor(job.config.run.name, job.run.storage.uri, job.config.metrics)
     ended = RunState.FAILED

@@ -8,6 +8,7 @@ machine will be taken away.
 from __future__ import annotations
 
 import logging
+import math
 import socket
 import threading
 import time
@@ -96,5 +97,6 @@ def deadline_in(path: Path) -> float | None:
     """Unix seconds, by the number of seconds left that a notice file begins with, from when it was written on; None
     where it holds none, or can't be read."""
     with suppress(OSError, ValueError, IndexError):
-        return path.stat().st_mtime + max(0.0, float(path.read_text(errors="replace").split()[0]))
+        seconds = max(0.0, float(path.read_text(errors="replace").split()[0]))
+        return path.stat().st_mtime + seconds if math.isfinite(seconds) else None
     return None

@@ -14,6 +14,8 @@ from launch import checkpoints, finetune, prepare
 from launch.cli import run_verb
 from tests.integration.conftest import Workshop
 from tests.support.command import write_config
+from trainer.events import EventKind, EventLog
+from trainer.run_directory import RunDirectory
 
 Main = Callable[[list[str]], int]
 
@@ -128,3 +130,21 @@ def test_overlong_answer_names_its_line(workshop: Workshop, tmp_path: Path, capf
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     message = refuse(capfd, tmp_path, workshop.values, f"data.train={data}", "data.too_long=error")
     assert f"{data}:2:" in message and "data.seq_len=128" in message
+
+
+def test_a_plan_that_does_not_fit(workshop: Workshop, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    message = refuse(capfd, tmp_path, workshop.values, "cluster.gpu_memory_gib=0.01")
+    assert "the run does not fit: a worker needs" in message and "`baton plan` shows the whole plan" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to go on with")
+def test_a_run_of_gpus_does_not_go_on_without(
+    workshop: Workshop, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, workshop.values | {"run": {"storage": str(tmp_path)}}, "of-gpus")
+    run = RunDirectory.at(str(tmp_path / "of-gpus"))
+    start = run.start_attempt(None, None, ())
+    EventLog(run, start.attempt).record(EventKind.TRAINING, "from step 0", device="cuda")
+    assert run_verb(finetune.main, ["--config", str(config)]) == 2
+    assert "cluster.use_gpu=false goes on with CPUs, on purpose" in capfd.readouterr().err
+    assert len(run.lineage()) == 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.events import EventKind, EventLog, read_events
+from trainer.events import EventKind, EventLog, has_trained_on_gpus, read_events
 from trainer.run_directory import RunDirectory
 
 
@@ -18,6 +18,20 @@ def test_events_come_back_in_their_order(tmp_path: Path) -> None:
     assert (second.kind, second.rank, second.text, second.details) == ("hang", 2, "no step for 60 s", {"step": 7})
     assert first.at <= second.at and [event.attempt for event in read_events(run, "a2")] == ["a2"]
     assert read_events(run, "a3") == []
+
+
+def test_the_newest_attempt_that_trained_tells_on_what(tmp_path: Path) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    assert not has_trained_on_gpus(run)
+    parent = None
+    for device in ("cpu", "cuda", None):  # the last one came to nothing
+        parent = run.start_attempt(parent, None, ())
+        if device:
+            EventLog(run, parent.attempt).record(EventKind.TRAINING, "from step 0", device=device)
+    assert has_trained_on_gpus(run)
+    parent = run.start_attempt(parent, None, ())
+    EventLog(run, parent.attempt).record(EventKind.TRAINING, "from step 0", device="cpu")
+    assert not has_trained_on_gpus(run)
 
 
 def test_what_is_damaged_or_unknown_is_left_out(tmp_path: Path) -> None:

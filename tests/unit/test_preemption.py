@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -25,7 +26,7 @@ from cluster.local_processes import LocalProcesses
 from cluster.notice_server import TOKEN, NoticeServer
 from cluster.ray_nodes import bundles_that_fit
 from cluster.ray_session import Session
-from cluster.ray_train import room_was_taken
+from cluster.ray_train import RayTrain, room_was_taken
 from cluster.ray_watch import Watch, leaving_request
 from data_shards.errors import BadInput
 from launch.config import load_config
@@ -85,7 +86,9 @@ def test_any_rank_sees_the_notice_on_its_machine_and_tells_the_driver(tmp_path: 
     signal.close()
 
 
-@pytest.mark.parametrize(("text", "left"), [("30", 30), ("2.5 s", 2.5), ("-4", 0), ("", None), ("soon", None)])
+@pytest.mark.parametrize(
+    ("text", "left"), [("30", 30), ("2.5 s", 2.5), ("-4", 0), ("", None), ("soon", None), ("inf", None)]
+)
 def test_seconds_in_a_notice_file(tmp_path: Path, text: str, left: float | None) -> None:
     path = tmp_path / "leaving"
     path.write_text(text)
@@ -179,6 +182,25 @@ def test_room_for_more_is_looked_for_once_it_trains(lookout: Lookout) -> None:
         EventLog(lookout.run, "a1").record(EventKind.TRAINING, "from step 0")
         until(lambda: lookout.told)
     assert [request.kind for request in lookout.told] == [StopKind.RESIZE]
+
+
+def test_gpus_of_the_run_so_far_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nodes may still be joining."""
+    there = [{"a": {"CPU": 8.0}}]
+    monkeypatch.setattr(ray_nodes, "staying", lambda: there[-1])
+    launcher = RayTrain.__new__(RayTrain)
+    launcher._config = ClusterConfig(num_workers=2, wait_for_capacity_s=0)
+    launcher.check_capacity()
+    assert launcher._bundle()["GPU"] == 0
+    with pytest.raises(BadInput, match=r"no GPU .*; the run has trained on GPUs so far"):
+        launcher.check_capacity(on_gpus=True)
+    launcher._config = ClusterConfig(num_workers=2, wait_for_capacity_s=30)
+    threading.Timer(0.6, there.append, [{"a": {"CPU": 8.0}, "b": {"CPU": 8.0, "GPU": 2.0}}]).start()
+    launcher.check_capacity(on_gpus=True)
+    assert launcher._bundle()["GPU"] == 1
+    launcher._config = ClusterConfig(num_workers=2, use_gpu=False)
+    launcher.check_capacity(on_gpus=True)
+    assert launcher._bundle()["GPU"] == 0, "on purpose"
 
 
 def test_room_that_others_took_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:

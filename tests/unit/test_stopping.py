@@ -371,10 +371,12 @@ def test_an_end_that_is_cut_off_is_none(run: RunDirectory) -> None:
 def stand_in_for_carrying_on(monkeypatch: pytest.MonkeyPatch, train: Any, export: Any) -> None:
     @contextmanager
     def launching(config: Any) -> Iterator[Any]:
-        yield SimpleNamespace(check_capacity=lambda: None)
+        yield SimpleNamespace(check_capacity=lambda **_: None)
 
     for name, stand_in in (
         ("launching", launching),
+        ("open_run", lambda config: None),
+        ("has_trained_on_gpus", lambda run: False),
         ("make_job", lambda config, say: None),
         ("describe", lambda job: None),
         ("train", train),
@@ -455,6 +457,7 @@ def test_a_launcher_that_fails_leaves_a_result(
 
     standing = SimpleNamespace(finished=False, newest=None, allowed_changes=())
     monkeypatch.setattr(finetune, "settle", lambda job, say: standing)
+    monkeypatch.setattr(finetune, "check_fits", lambda job, standing: None)
     monkeypatch.setattr(finetune, "run_attempts", fail)
     with holding(run, silent, timing=QUICK) as lease, pytest.raises(type(error)):
         finetune.train(job, launcher, lease)  # type: ignore[arg-type]
