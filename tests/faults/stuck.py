@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -111,7 +112,8 @@ def straggler(bench: Bench) -> Result:
     (event,) = [event for event in trial.story.events if event.kind == EventKind.STRAGGLER]
     assert event.rank == 1 and event.details["cause"] == "computing"
     trial.check_same_end()
-    return Result(f"the same end, bit for bit, in one attempt; named: “{event.text.split(':')[0]}”", 0)
+    named = event.text.split(":")[0].replace(socket.gethostname(), "…")
+    return Result(f"the same end, bit for bit, in one attempt; named: “{named}”", 0)
 
 
 def crash_loop(bench: Bench) -> Result:

@@ -29,6 +29,8 @@ from trainer.run_directory import AttemptStart, RunDirectory
 pytestmark = pytest.mark.timeout(1200)
 
 RUN, EVERY, ENDLESS = "traveller", 10, 5_000
+OUTPUT = "output-of-the-first-submission"
+"""A file beside the configuration, for the page of faults."""
 NOTICE_PORT, NOTICE_TOKEN = 9470, "0f3c-of-this-test"
 
 
@@ -192,6 +194,7 @@ def travel(voyage: Voyage, one: Machine, two: Machine) -> None:
     told["SIGTERM to the driver"] = 8
     assert voyage.command.finish(60) == 75, voyage.command.output
     voyage.output = voyage.command.output
+    (voyage.config.parent / OUTPUT).write_text(voyage.output)
     reached = voyage.last_step(8)
     voyage.submit(f"training.steps={reached + 15}")
     assert voyage.command.finish(120) == 0, voyage.command.output
@@ -253,10 +256,15 @@ def test_without_notice_the_steps_since_the_last_commit_are_lost(voyage: Voyage)
     number = voyage.told["raylet killed"]
     start = voyage.attempts()[number].start_step
     assert voyage.output is not None
-    before, _, _ = voyage.output.partition("attempt 1 failed")
-    reached = int(re.findall(r"step (\d+)/\d+  loss", before)[-1])
+    reached = reached_without_notice(voyage.output)
     # What rank 0 printed last may have gone with its node; what it committed has not.
     assert start % EVERY == 0 and start >= EVERY and reached - start <= EVERY + 1
+
+
+def reached_without_notice(output: str) -> int:
+    """The last step that the first attempt has printed."""
+    before, _, _ = output.partition("attempt 1 failed")
+    return int(re.findall(r"step (\d+)/\d+  loss", before)[-1])
 
 
 def test_where_there_is_no_time_nothing_is_torn(voyage: Voyage) -> None:
