@@ -14,7 +14,7 @@ from data_shards.encoding.encoder import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
 from data_shards.order.mixture import MIXTURE_VERSION
 from data_shards.order.sampler import Sampler
-from data_shards.prepare import TRAIN, Prepared, prepare
+from data_shards.prepare import TRAIN, VALIDATION, Prepared, prepare
 from data_shards.storage import Storage
 from launch.cli import under_torchrun
 from launch.compatibility import allowed, differences, refused
@@ -26,6 +26,7 @@ from trainer.base_location import locate_base
 from trainer.checkpoint import CheckpointRef, read_manifest
 from trainer.checkpoint_manifest import Progress
 from trainer.config import Method, WorkerSpec
+from trainer.loop import lacks_last_evaluation
 from trainer.model import max_positions, model_config
 from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
 from trainer.survey import durable_checkpoints, newest_usable
@@ -208,7 +209,7 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     for difference in found:
         say(f"changed on purpose (resume.allow): {difference}")
     newest = newest_usable(job.run, say)
-    finished = newest is not None and _ends(newest, job.sampler)
+    finished = newest is not None and _ends(newest, job)
     if not finished:
         _check_base(job, newest)
     if newest is not None and not finished:
@@ -218,9 +219,13 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     return Standing(newest, finished, tuple(str(d) for d in found))
 
 
-def _ends(newest: CheckpointRef, sampler: Sampler) -> bool:
-    """Whether nothing is left to do: one of the fast tier has yet to become a durable one."""
-    return not newest.manifest.fast and newest.manifest.progress.rows_consumed >= sampler.total_rows
+def _ends(newest: CheckpointRef, job: Job) -> bool:
+    """Whether nothing is left to do: one of the fast tier has yet to become a durable one, and the last evaluation may
+    have been given up for a wish to stop."""
+    progress, held_out = newest.manifest.progress, job.dataset.manifest.splits.get(VALIDATION)
+    if newest.manifest.fast or progress.rows_consumed < job.sampler.total_rows:
+        return False
+    return not lacks_last_evaluation(progress, held_out is not None and held_out.rows > 0)
 
 
 def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -272,7 +277,7 @@ def _check_continuation(job: Job, newest: CheckpointRef, recorded: dict[str, Any
             f"{_BATCH_KEY} can't change within a run (was {was_batch}, now {batch}): a step's rows are a function of "
             f"it. Start a new run with init_from={job.run.storage.uri}"
         )
-    if progress.rows_consumed != progress.step * batch:
+    if progress.rows_consumed != progress.step * batch and progress.rows_consumed < job.sampler.total_rows:
         raise BadInput(
             f"the run ended at step {progress.step} with a short last batch ({progress.rows_consumed} rows are not "
             f"{progress.step} × {batch}), so it can't go on without skipping rows; start a new run with init_from="

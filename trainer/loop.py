@@ -85,7 +85,8 @@ class Loop:
         self.saved = not (stop and self._is_too_late_to_save())
         if self.saved:
             self._add({"checkpoint": self.checkpointing.save_at_end(self.progress)})
-        if self.progress.step < num_steps or not self.saved:
+        done = self.progress.step == num_steps and not lacks_last_evaluation(self.progress, self.validation is not None)
+        if not done or not self.saved:
             told = "progress is saved" if self.saved else "there was no time to save it"
             self.log.say(f"stopped on request after step {self.progress.step}; {told}")
             return Outcome.STOPPED
@@ -101,6 +102,8 @@ class Loop:
         step, config = self.progress.step, self.config.evaluation
         if step == 0:
             return config.at_start
+        if step == self.sampler.num_steps:
+            return lacks_last_evaluation(self.progress, self.validation is not None)
         return self._is_due(config.every_steps, step) and self.progress.eval_step != step
 
     @staticmethod
@@ -178,6 +181,12 @@ class Loop:
     def _add(self, seconds: Mapping[str, float]) -> None:
         """To the run's wall seconds, by kind."""
         self.progress = replace(self.progress, seconds=added(self.progress.seconds, seconds))
+
+
+def lacks_last_evaluation(progress: Progress, has_validation: bool) -> bool:
+    """Whether what a run ends with, after its last step, was given up for a wish to stop (pure)."""
+    unknown = progress.eval_step is None and progress.eval_loss is not None  # of a release that did not note the step
+    return has_validation and not progress.evaluated_here and not unknown
 
 
 def added(seconds: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

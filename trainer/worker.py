@@ -29,7 +29,7 @@ from trainer.deterministic import make_deterministic
 from trainer.engine import ZeroEngine, build_optimizer
 from trainer.evaluation_worker import evaluate_model
 from trainer.events import EventKind, EventLog
-from trainer.loop import Loop, Outcome
+from trainer.loop import Loop, Outcome, lacks_last_evaluation
 from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
 from trainer.out_of_memory import named
@@ -107,7 +107,9 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     reporter.began(resumed.manifest if resumed and not resumed.manifest.fast else None)
     events = EventLog(run, spec.attempt, engine.rank)
     room = watched_room(run, spec.attempt, config, engine, saver, log) if engine.rank == 0 else EndlessRoom()
-    saved_step = None if resumed and resumed.manifest.fast else progress.step
+    # At the last step only an evaluation may be missing, and then it is what has to be saved.
+    unsaved = lacks_last_evaluation(progress, data.validation is not None) and progress.step == sampler.num_steps
+    saved_step = None if unsaved or (resumed and resumed.manifest.fast) else progress.step
     cadence = cadence_of(config.checkpoint, fast)
     checkpointing = Checkpointing(saver, room, cadence, saved_step, partial(draft, spec), log, reporter)
     loop = Loop(

@@ -53,21 +53,37 @@ def carried_on(config: Path, *overrides: str) -> str:
     return done.output
 
 
-def test_an_evaluation_is_left_and_made_up(workshop: Workshop, slow: Path) -> None:
+def stopped_in_an_evaluation(workshop: Workshop, slow: Path, name: str, steps: int) -> tuple[Path, RunFiles]:
+    """A run that was told to stop in the evaluation after its fifth step."""
     # Of 60 rows, one at a time: long enough that whoever waits for its end is found out.
     data = workshop.values["data"] | {"validation": workshop.values["data"]["train"] + "#200"}
-    cadence = {"every_steps": 5, "micro_batch": 1}
-    config = write_config(workshop.data, values_of(workshop, data=data, evaluation=cadence), "left")
+    values = values_of(workshop, data=data, evaluation={"every_steps": 5, "micro_batch": 1})
+    values["training"] |= {"steps": steps}
+    config = write_config(workshop.data, values, name)
     command = Command("finetune", "--config", str(config), tree=slow, cwd=slow.parent)
-    command.wait_for(r"step 5/40 [\s\S]*evaluating\n[\s\S]*evaluating")
+    command.wait_for(rf"step 5/{steps} [\s\S]*evaluating\n[\s\S]*evaluating")
     command.process.send_signal(signal.SIGTERM)
     asked = time.monotonic()
     assert command.finish(60) == 75, command.output
     assert time.monotonic() - asked < 10
     assert "the evaluation of step 5 was given up" in command.output
-    files = RunFiles(workshop.data / "runs" / "left")
+    files = RunFiles(workshop.data / "runs" / name)
     assert files.result["step"] == 5 and events_of(files, 1)["saved"] == {"step": 5}
     assert files.result["eval_step"] != 5
+    return config, files
+
+
+def test_the_last_evaluation_is_made_up_too(workshop: Workshop, slow: Path) -> None:
+    """No step is left to do, and the run is not finished."""
+    config, files = stopped_in_an_evaluation(workshop, slow, "left-at-the-end", steps=5)
+    said = carried_on(config)
+    assert "resuming from step 5" in said and "finished: all steps are done" in said
+    assert files.result["status"] == "finished" and files.result["eval_step"] == 5
+    assert "the run is finished: step 5 is its last; nothing to do" in carried_on(config)
+
+
+def test_an_evaluation_is_left_and_made_up(workshop: Workshop, slow: Path) -> None:
+    config, _ = stopped_in_an_evaluation(workshop, slow, "left", steps=40)
     second = Command("finetune", "--config", str(config), tree=slow, cwd=slow.parent)
     second.wait_for(r"evaluat[\s\S]*step 6/40 ")
     before, _, _ = second.output.partition("step 6/40 ")
