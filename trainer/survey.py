@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 from data_shards.errors import BatonError, CorruptFile
@@ -220,10 +221,9 @@ def problem_here(run: RunDirectory, name: str, told: str) -> str:
         for listed in list(filter(is_named, ref.manifest.files)) or ref.manifest.files:
             if (place := places.find(listed)) is None:
                 raise checkpoint.out_of_reach(ref, [listed])
-            reader = VerifiedReader(place, listed.hashed(place))
-            reader.forget()  # this machine may have written it
-            reader.verify_all()
-            reader.close()
+            with closing(VerifiedReader(place, listed.hashed(place))) as reader:
+                reader.forget()  # this machine may have written it
+                reader.verify_all()
     except (BatonError, OSError) as error:
         return str(error)
     return ""
