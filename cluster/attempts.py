@@ -26,11 +26,12 @@ from trainer.run_directory import (
     Say,
     StopKind,
     StopRequest,
+    WorkerError,
     read_json,
     utc_now,
     write_json,
 )
-from trainer.survey import NoUsableCheckpoint, quarantine, survey, tip_and_newest
+from trainer.survey import NoUsableCheckpoint, problem_here, quarantine, release, survey, tip_and_newest
 
 log = logging.getLogger(__name__)
 
@@ -218,11 +219,28 @@ def run_attempts(
                 return Submission(decision, start.number, _newest(run))
 
 
-def _quarantine(run: RunDirectory, name: str, reason: str, say: Say) -> None:
+def _quarantine(run: RunDirectory, attempt: str, name: str, error: WorkerError, say: Say) -> WorkerError:
+    """Believe a worker that a checkpoint is corrupt where it is so from here, too. Else it is the attempt alone that
+    has failed, and counts as one that did: the same node may read it badly again and again."""
     try:
-        quarantine(run, name, reason)
-    except OSError as error:  # the next attempt goes on without it all the same
-        say(f"checkpoint {name} could not be put in quarantine: {error}")
+        told = [each.message for each in run.errors_of(attempt) if each.checkpoint == name]
+        if problem_here(run, name, "\n".join(told)):
+            quarantine(run, name, error.message)
+            return error
+        release(run, name)
+    except OSError as failed:  # the next attempt goes on without it all the same
+        say(f"checkpoint {name} could not be put in quarantine: {failed}")
+        return error
+    doubt = f"the driver reads it as it was written, so it is used again; look at {_place_of(run, attempt, error.rank)}"
+    return replace(error, message=f"{error.message}; {doubt}", checkpoint=None, corrupt=False)
+
+
+def _place_of(run: RunDirectory, attempt: str, rank: int) -> str:
+    """Where a rank ran, in words."""
+    with suppress(CorruptFile, OSError):
+        if place := read_json(run.attempt(attempt), f"workers/rank-{rank:05d}.json"):
+            return f"rank {rank}'s node {place['host']}"
+    return f"rank {rank}'s node"
 
 
 def _newest(run: RunDirectory) -> CheckpointRef | None:
@@ -232,13 +250,13 @@ def _newest(run: RunDirectory) -> CheckpointRef | None:
 
 
 def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> AttemptEnd:
-    """Look at what the attempt has left; a checkpoint that it found to be corrupt is put in quarantine."""
+    """Look at what the attempt has left; a checkpoint that it rightly found to be corrupt is put in quarantine."""
     end = _end_written(run, start.attempt)
     error = None if end is not None else root_cause(run.errors_of(start.attempt))
+    if error is not None and error.checkpoint is not None and error.corrupt:
+        error = _quarantine(run, start.attempt, error.checkpoint, error, say)
     newest = _newest(run)
     committed = newest.step if newest else 0
-    if error is not None and error.checkpoint is not None and error.corrupt:
-        _quarantine(run, error.checkpoint, error.message, say)
     kind = EndKind(end["outcome"]) if end is not None else EndKind.FAILED
     lost = lost if end is None else ""
     return AttemptEnd(kind, start.start_step, committed, error, lost, _making_way(run, start.attempt))

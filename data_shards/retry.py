@@ -41,6 +41,7 @@ class Patience:
     """How long, and how often, an operation that fails is tried again."""
 
     total_s: float = 60.0
+    """from its first failure on: a try may itself take longer than that, as the upload of a rank file does"""
     first_pause_s: float = 0.25
     longest_pause_s: float = 8.0
 
@@ -54,6 +55,8 @@ class Patience:
 
 
 ONE_MINUTE = Patience()
+A_MOMENT = Patience(total_s=3.0, first_pause_s=0.5, longest_pause_s=2.0)
+"""For I/O errors while reading: a network mount answers so while its server is away, a broken disk for good."""
 
 
 def is_passing(error: OSError) -> bool:
@@ -63,29 +66,42 @@ def is_passing(error: OSError) -> bool:
     return error.errno in _PASSING_ERRNO or bool(_PASSING_TEXT.search(str(error)))
 
 
-def with_retries(action: Callable[[], Result], what: str, patience: Patience) -> Result:
+def is_io_error(error: OSError) -> bool:
+    return error.errno == errno.EIO
+
+
+def with_retries(
+    action: Callable[[], Result],
+    what: str,
+    patience: Patience,
+    may_pass: Callable[[OSError], bool] = is_passing,
+) -> Result:
     """What ``action`` returns, calling it again after an error that may pass.
 
-    An incident is logged when it begins and when it ends, not at every try.
+    However long a try takes, there is a second one. An incident is logged when it begins and when it ends, not at every
+    try.
 
     Raises:
-        OSError: of another kind, at once; or the last one, once ``patience`` is spent.
+        OSError: of another kind, at once; or, with the number of the last one, once ``patience`` is spent.
     """
-    started = time.monotonic()
+    first_failed = 0.0
     for tries, pause in enumerate(patience.pauses(), 1):
         try:
             result = action()
         except OSError as error:
-            if not is_passing(error):
+            if not may_pass(error):
                 raise
-            elapsed = time.monotonic() - started
-            if elapsed + pause > patience.total_s:
-                raise OSError(f"{what} failed {tries} times in {elapsed:.0f} s; the last time: {error}") from error
             if tries == 1:
+                first_failed = time.monotonic()
                 log.warning("%s failed, trying again for up to %.0f s: %s", what, patience.total_s, error)
+            elif (elapsed := time.monotonic() - first_failed) + pause > patience.total_s:
+                spent = OSError(f"{what} failed {tries} times in {elapsed:.0f} s; the last time: {error}")
+                spent.errno = error.errno
+                raise spent from error
             time.sleep(pause)
         else:
             if tries > 1:
-                log.warning("%s worked at try %d, after %.1f s", what, tries, time.monotonic() - started)
+                elapsed = time.monotonic() - first_failed
+                log.warning("%s worked at try %d, %.1f s after it had failed", what, tries, elapsed)
             return result
     raise AssertionError("pauses never end")

@@ -26,9 +26,10 @@ def decode(data: bytes, kind: str, newest_version: int, where: str) -> dict[str,
         body = json.loads(data)
         claimed = body.pop("sha256")
         version = int(body["version"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        found = sha256(canonical(body))
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CorruptFile(f"{where}: not a complete {kind} ({type(error).__name__}: {error})") from error
-    if sha256(canonical(body)) != claimed:
+    if found != claimed:
         raise CorruptFile(f"{where}: its contents do not match its own hash; it was cut off or edited")
     if body.pop("kind", None) != kind:
         raise CorruptFile(f"{where}: is not a {kind}")

@@ -25,7 +25,7 @@ from data_shards.credentials import refuse_secret
 from data_shards.errors import BadInput
 from data_shards.fault_points import reach
 from data_shards.hashed_file import BLOCK_BYTES, BlockHasher, FileEntry
-from data_shards.retry import ONE_MINUTE, Patience, Result, with_retries
+from data_shards.retry import A_MOMENT, ONE_MINUTE, Patience, Result, is_io_error, with_retries
 
 _COPY_BYTES = 1024 * 1024
 """Hashed and written at a time, so that what is written still lies in the processor's cache."""
@@ -98,6 +98,12 @@ class Storage:
         """``action``, again while it fails in a way that may pass; ``verb`` and ``relative`` are for the log."""
         return with_retries(action, f"{verb} {self.uri_of(relative)}", self._patience)
 
+    def reading(self, action: Callable[[], Result], verb: str, relative: str) -> Result:
+        """The same for what changes nothing: it is tried again for a moment also where the file system gives an I/O
+        error."""
+        what = f"{verb} {self.uri_of(relative)}"
+        return self.retrying(lambda: with_retries(action, what, A_MOMENT, is_io_error), verb, relative)
+
     def check_writable(self) -> None:
         """Write and remove a small file. Raises BadInput with the reason, but OSError where the disk is full."""
         probe = f".probe-{uuid.uuid4().hex}"
@@ -161,7 +167,7 @@ class Storage:
     def read(self, relative: str) -> bytes:
         """Raises FileNotFoundError."""
         try:
-            return self.retrying(lambda: self._read(relative), "reading", relative)
+            return self.reading(lambda: self._read(relative), "reading", relative)
         except NotADirectoryError as error:
             raise FileNotFoundError(*error.args) from error
 
@@ -172,11 +178,11 @@ class Storage:
 
     def open(self, relative: str) -> pa.NativeFile:
         """For random access. What is read from it is not tried again."""
-        return self.retrying(lambda: self._filesystem.open_input_file(self._full(relative)), "opening", relative)
+        return self.reading(lambda: self._filesystem.open_input_file(self._full(relative)), "opening", relative)
 
     def size(self, relative: str) -> int | None:
         """Bytes of a file, None where there is none."""
-        info = self.retrying(lambda: self._filesystem.get_file_info(self._full(relative)), "looking at", relative)
+        info = self.reading(lambda: self._filesystem.get_file_info(self._full(relative)), "looking at", relative)
         return info.size if info.type == pafs.FileType.File else None
 
     def sizes(self, relative: str = "") -> dict[str, int]:
@@ -192,7 +198,7 @@ class Storage:
             except FileNotFoundError:  # made, or gone, between pyarrow's looking for it and its listing
                 return self._filesystem.get_file_info(selector)
 
-        return self.retrying(listed, "listing", relative)
+        return self.reading(listed, "listing", relative)
 
     def exists(self, relative: str) -> bool:
         return self.size(relative) is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
@@ -13,10 +14,14 @@ from data_shards.fault_points import reach
 from data_shards.hashed_file import DIGEST_BYTES, BlockHasher, FileEntry
 from data_shards.storage import Storage
 
+log = logging.getLogger(__name__)
+
 SPAN_BYTES = 8 * 1024 * 1024
 """One job of a reader with many threads; a multiple of any block."""
 _READ_BYTES = 1024 * 1024
 """Read and hashed at a time, so that what is hashed still lies in the processor's cache."""
+_REREADS = 2
+"""Of blocks that do not match their hashes: memory, a cache or the network may be at fault, and not the file."""
 
 
 class Piece(NamedTuple):
@@ -116,7 +121,20 @@ class VerifiedReader:
         for first in range(0, self._entry.num_blocks, step):
             self._read_blocks(first, min(first + step, self._entry.num_blocks), [])
 
+    def forget(self) -> None:
+        """What this machine has of the file in memory: what is read next comes from where it is kept."""
+        self._file.forget()
+
     def _read_blocks(self, first: int, stop: int, pieces: Sequence[Piece]) -> None:
+        for _ in range(_REREADS):
+            try:
+                return self._read_blocks_once(first, stop, pieces)
+            except CorruptFile as error:
+                log.warning("%s; reading it again", error)
+                self.forget()
+        return self._read_blocks_once(first, stop, pieces)
+
+    def _read_blocks_once(self, first: int, stop: int, pieces: Sequence[Piece]) -> None:
         begin, end = self._entry.block_bounds(first)[0], self._entry.block_bounds(stop - 1)[1]
         digests = self._fill(begin, list(_tiled(begin, end, pieces)))
         for block in range(first, stop):
@@ -126,7 +144,7 @@ class VerifiedReader:
 
     def _fill(self, start: int, views: Sequence[memoryview]) -> bytes:
         """Fill ``views`` with the bytes from ``start`` on. Returns the hashes of what was read, by block."""
-        return self._storage.retrying(
+        return self._storage.reading(
             lambda: self._file.fill(start, views, BlockHasher(self._entry.block_bytes)), "reading", self._entry.path
         )
 
@@ -151,6 +169,7 @@ def _tiled(start: int, stop: int, pieces: Sequence[Piece]) -> Iterator[memoryvie
 
 class _File(Protocol):
     def fill(self, start: int, views: Sequence[memoryview], hasher: BlockHasher) -> bytes: ...
+    def forget(self) -> None: ...
     def close(self) -> None: ...
 
 
@@ -160,7 +179,8 @@ class _LocalFile:
     def __init__(self, storage: Storage, entry: FileEntry) -> None:
         self._where = storage.uri_of(entry.path)
         assert storage.local_path is not None
-        self._descriptor = os.open(storage.local_path / entry.path, os.O_RDONLY)
+        path = storage.local_path / entry.path
+        self._descriptor = storage.reading(lambda: os.open(path, os.O_RDONLY), "opening", entry.path)
 
     def fill(self, start: int, views: Sequence[memoryview], hasher: BlockHasher) -> bytes:
         reach("read blocks", self._where)
@@ -179,6 +199,9 @@ class _LocalFile:
             if not got:
                 raise CorruptFile(f"{self._where}: ends at byte {start + done} while it is read")
             done += got
+
+    def forget(self) -> None:
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -202,6 +225,9 @@ class _RemoteFile:
             done += len(view)
         hasher.update(data)
         return hasher.digests()
+
+    def forget(self) -> None:
+        """Nothing is kept: each request asks the store."""
 
     def close(self) -> None:
         self._file.close()

@@ -110,8 +110,20 @@ class CheckpointManifest:
                     "files": tuple(RankFile.from_json(value, where) for value in body["files"]),
                 }
             )
+            manifest._check_types()
         except (KeyError, TypeError, ValueError) as error:
             raise CorruptFile(f"{where}: a field is missing or of the wrong type ({error})") from error
         if len(manifest.files) != manifest.world_size:
             raise CorruptFile(f"{where}: lists {len(manifest.files)} files for {manifest.world_size} ranks")
         return manifest
+
+    def _check_types(self) -> None:
+        """Of what tells its name, its files and its rank among others. Raises TypeError."""
+        for name, value, types in (
+            ("attempt", self.attempt, (str,)),
+            ("world_size", self.world_size, (int,)),
+            ("step", self.progress.step, (int,)),
+            ("eval_loss", self.progress.eval_loss, (float, int, type(None))),
+        ):
+            if type(value) not in types:  # no bool, which is an int
+                raise TypeError(f"{name} is of type {type(value).__name__}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+from data_shards.errors import BatonError
 from data_shards.storage import OUT_OF_ROOM
 
 _POLL_SECONDS = 1.0
@@ -109,7 +110,7 @@ class Room:
             return
         try:
             removed = self._remove()
-        except OSError as error:
+        except (OSError, BatonError) as error:
             self._warn(f"old checkpoints could not be removed to make room: {error}")
             removed = []
         if removed:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 from data_shards.errors import BatonError, CorruptFile
+from data_shards.verified_reader import VerifiedReader
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef
+from trainer.rank_file import FilePlaces, RankFile
 from trainer.run_directory import (
     AttemptStart,
     RunDirectory,
@@ -75,7 +78,7 @@ def survey(run: RunDirectory) -> Survey:
         except OSError as error:
             if error.errno != errno.EIO:
                 raise
-            problem = str(error)  # of this one; the others may be on better disks
+            problem = str(error)  # of this one, and not for a moment; the others may be on better disks
         if marked := _quarantined(run, name):
             found.quarantined.add(name)
             problem = marked
@@ -199,6 +202,31 @@ def tip_and_newest(run: RunDirectory, say: Say = print) -> tuple[AttemptStart | 
         if chain == before:
             return (chain[-1] if chain else None), ref
         before = chain
+
+
+def problem_here(run: RunDirectory, name: str, told: str) -> str:
+    """What is wrong with a checkpoint as this process reads it; empty where nothing is.
+
+    Args:
+        told: what others found. Only the files that it names are read, if it names any: to read all of a huge
+            checkpoint would cost the run more time than to go back.
+    """
+
+    def is_named(listed: RankFile) -> bool:
+        return listed.path in told or (listed.hashes is not None and listed.hashes.path in told)
+
+    try:
+        ref = checkpoint.read_manifest(run.checkpoints, name)
+        places = FilePlaces(run.checkpoints.child(name), name, ref.manifest.files_at)
+        for listed in list(filter(is_named, ref.manifest.files)) or ref.manifest.files:
+            if (place := places.find(listed)) is None:
+                raise checkpoint.out_of_reach(ref, [listed])
+            with closing(VerifiedReader(place, listed.hashed(place))) as reader:
+                reader.forget()  # this machine may have written it
+                reader.verify_all()
+    except (BatonError, OSError) as error:
+        return str(error)
+    return ""
 
 
 def quarantine(run: RunDirectory, name: str, reason: str) -> None:

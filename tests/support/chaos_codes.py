@@ -12,8 +12,8 @@ _PROBE = re.compile(r"\.probe-")
 """Whether a new run's storage, and its nodes' own disks, can be written at all."""
 _FOR_PEOPLE = re.compile(r"(?!read).* .*/(decision|quarantine)\.json$")
 """What is told where it can be: no decision hangs on it."""
-_OTHERS_SERVE = re.compile(r"read checkpoints/.*/manifest\.json$")
-"""A checkpoint on a disk that fails is passed over."""
+_READ = re.compile(r"read ")
+"""What fails once is read again."""
 _DURABLE_SAVE = re.compile(
     r"(create|write|sync|sync folder|rename|written) "
     r"(checkpoints/\d+-ID/(rank-.*|manifest\.json)|\d+-ID/receipts/.*|ID/steps/\d+-\d*[02468]\.jsonl)$"
@@ -26,7 +26,8 @@ def expected_codes(rank: int | None, point: str, kind: Kind) -> set[int]:
     """Of the submission in which the fault fires; ``rank`` None: in the driver.
 
     A disk that fails under a worker costs nothing but time: what failed is done again. Under the driver it ends the
-    command. A full disk stops resumably, as nothing may be removed where just one checkpoint is kept.
+    command, unless that was reading. A full disk stops resumably, as nothing may be removed where just one checkpoint
+    is kept.
     """
     if kind in (Kind.KILL, Kind.KILL_ALL):
         return {-signal.SIGKILL} if rank is None else {ExitCode.DONE}
@@ -38,6 +39,6 @@ def expected_codes(rank: int | None, point: str, kind: Kind) -> set[int]:
             return {ExitCode.DONE}
         # What a refused write had committed all the same makes the one before it removable, if there is one.
         return {ExitCode.DONE, ExitCode.STOPPED} if _COMMITTED.match(point) else {ExitCode.STOPPED}
-    if _FOR_PEOPLE.match(point) or _OTHERS_SERVE.match(point):
+    if _FOR_PEOPLE.match(point) or _READ.match(point):
         return {ExitCode.DONE}
     return {ExitCode.STOPPED} if full else {ExitCode.FAILED}

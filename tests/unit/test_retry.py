@@ -72,6 +72,32 @@ def test_patience_ends() -> None:
     assert tries > 4
 
 
+def test_a_try_that_takes_longer_than_the_patience_is_followed_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the upload of a large file that meets one 503; what it took before the first is not counted."""
+    now, tries = 0.0, 0
+
+    def passes(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    def action(failures: int, each_s: float) -> int:
+        nonlocal tries
+        tries += 1
+        passes(each_s)
+        if tries <= failures:
+            raise OSError(BUSY)
+        return tries
+
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    monkeypatch.setattr("time.sleep", passes)
+    assert with_retries(lambda: action(1, 300.0), "writing x", Patience()) == 2
+    tries = 0
+    assert with_retries(lambda: action(3, 15.0), "writing x", Patience()) == 4
+    tries = 0
+    with pytest.raises(OSError, match="failed 2 times in 300 s"):
+        with_retries(lambda: action(9, 300.0), "writing x", Patience())
+
+
 def test_what_does_not_pass_is_tried_once() -> None:
     tries = 0
 

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
+from data_shards import signed_json
 from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from launch.job import find_init
 from tests.support.tiny import DRAFT
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef, directory_name
-from trainer.checkpoint_manifest import MANIFEST, Progress
+from trainer.checkpoint_manifest import KIND, MANIFEST, VERSION, Progress
 from trainer.config import CheckpointConfig
 from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach, RunHeld
 from trainer.rank_file import RankFile
@@ -274,6 +275,28 @@ def test_a_copied_folder_is_not_taken_for_another_step(tmp_path: Path) -> None:
     found = survey(run)
     assert [ref.step for ref in found.usable] == [5]
     assert f"its manifest is that of {name}" in found.bad[directory_name(50, attempt)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": {"step": "10"}},
+        {"progress": {"step": True}},
+        {"progress": {"step": 10, "eval_loss": "low"}},
+        {"world_size": 1.0},
+        {"attempt": 7},
+    ],
+)
+def test_a_manifest_with_a_field_of_another_type_is_passed_over(tmp_path: Path, change: dict[str, Any]) -> None:
+    """Though it was signed."""
+    run = RunDirectory.at(str(tmp_path))
+    attempt = run.start_attempt(None, None, ()).attempt
+    commit(run, attempt, 5)
+    folder = run.checkpoints.child(commit(run, attempt, 10))
+    body = signed_json.decode(folder.read(MANIFEST), KIND, VERSION, "here")
+    folder.write(MANIFEST, [signed_json.encode(body | change, KIND, VERSION)])
+    found = survey(run)
+    assert [ref.step for ref in found.usable] == [5] and "of the wrong type" in "".join(found.bad.values())
 
 
 def test_an_unfinished_start_is_no_attempt(tmp_path: Path) -> None:

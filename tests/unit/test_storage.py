@@ -76,6 +76,10 @@ def test_signed_json_refuses_what_was_changed() -> None:
         (signed_json.encode({}, "thing", 3), "newer Baton"),
         (b"", "not a complete"),
         (b"[]", "not a complete"),
+        (b'{"sha256": "", "version": 2, "a": NaN}', "not a complete"),
+        (b'{"sha256": "", "version": 1e400}', "not a complete"),
+        (b'{"sha256": "", "version": 2, "a": "\\ud800"}', "not a complete"),
+        (b'{"sha256": "", "version": 2, "a": ' + 100_000 * b"[" + 100_000 * b"]" + b"}", "not a complete"),
     ):
         with pytest.raises(CorruptFile, match=reason):
             signed_json.decode(damaged, "thing", 2, "here")
