@@ -179,10 +179,11 @@ def run_attempts(
             stop_wanted = stop.wanted  # before the check: the loss of the run is such a wish, too
             lease.check()
             try:  # only now: while this one waited, workers that it took the run from may have committed, and removed
-                parent, resume_from = tip_and_newest(run, say)
+                goes_on = num_workers > 0 and not stop_wanted
+                parent, resume_from = _ask_then_look(run, say) if goes_on else tip_and_newest(run, say)
             except NoUsableCheckpoint as error:
                 return Submission(Decision(Action.FAIL, str(error)), len(run.lineage()), None)
-            if not num_workers or stop_wanted:
+            if not goes_on:
                 step = resume_from.step if resume_from else 0
                 decision = decide_without_room(step, stop_wanted=stop_wanted)
                 return Submission(decision, parent.number if parent else 0, resume_from)
@@ -217,6 +218,19 @@ def run_attempts(
             events.record(EventKind.ENDED, decision.reason, end=end.kind.value, step=end.committed_step)
             if decision.action != Action.RETRY:
                 return Submission(decision, start.number, _newest(run))
+
+
+def _ask_then_look(run: RunDirectory, say: Say) -> tuple[AttemptStart | None, CheckpointRef | None]:
+    """As ``tip_and_newest``, of an attempt that was asked to end before the look: its workers may have outlived their
+    launcher, and from then on they remove nothing of what is found (``retention.prune``)."""
+    chain = run.lineage()
+    while True:
+        if chain:
+            run.request_stop(chain[-1].attempt, "the run goes on in another attempt")
+        parent, newest = tip_and_newest(run, say)
+        if parent == (chain[-1] if chain else None):
+            return parent, newest
+        chain = run.lineage()
 
 
 def _quarantine(run: RunDirectory, attempt: str, name: str, error: WorkerError, say: Say) -> WorkerError:

@@ -90,10 +90,14 @@ def completed(draft: CheckpointManifest, engine: ZeroEngine) -> CheckpointManife
     )
 
 
-def target_of(checkpoints: Storage, manifest: CheckpointManifest) -> Storage:
-    """Where a checkpoint is written. Raises BatonError where one was committed already."""
+def target_of(checkpoints: Storage, manifest: CheckpointManifest, rank: int = 0) -> Storage:
+    """Where a checkpoint is written. Raises BatonError, on rank 0, where one was committed already.
+
+    Rank 0 alone commits. On other nodes a network file system would go on for a while believing what this look found:
+    that there is no manifest.
+    """
     target = checkpoints.child(name_of(manifest))
-    if target.exists(MANIFEST):
+    if rank == 0 and target.exists(MANIFEST):
         raise BatonError(f"{target.uri} is committed already; an attempt must not write there twice")
     return target
 

@@ -10,9 +10,10 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch.distributed as dist
@@ -34,6 +35,8 @@ from trainer.tensor_files import Repeated
 _PATIENCE_S, _PAUSE_S = 10.0, 0.5
 """A file system over the network may show another node's file a few seconds late."""
 _LAST_WAIT_S = 30.0
+_SPARED = 2
+"""Of the names last written: the newest commit, also where the save after it failed."""
 _Told = TypeVar("_Told")
 
 
@@ -47,6 +50,8 @@ class FastTier:
     mine_to_clear: frozenset[str]
     """on one rank of each node this attempt and those that it goes back to; of what others have here, it does not
     know what is still needed"""
+    _written: deque[str] = field(default_factory=lambda: deque(maxlen=_SPARED + 1), init=False, compare=False)
+    """in this attempt, and what is being written"""
 
     @classmethod
     def open(cls, path: str, run: RunDirectory, attempt: str) -> FastTier:
@@ -63,16 +68,19 @@ class FastTier:
 
     def clear(self, writing: str | None = None) -> None:
         """Remove what has no manifest: retention took it away, or its save failed or was killed. Call it while no rank
-        writes, but for ``writing``, the name of what this attempt's ranks begin to write.
+        writes, but for ``writing``, the name of what this attempt's ranks begin to write. The last two that they wrote
+        stay: a network file system may show the manifest of a checkpoint that was just committed late.
 
         What can't be removed is told.
         """
+        if writing is not None:
+            self._written.append(writing)
         if not self.mine_to_clear or not self.run.attempt(self.attempt).exists("start.json"):
             return  # not this rank's, or the run's storage is away, and there it looks as if there were no manifests
         self._remove(
             name
             for name in self.folder.list()
-            if name != writing and not self.run.checkpoints.child(name).exists(MANIFEST)
+            if name not in self._written and not self.run.checkpoints.child(name).exists(MANIFEST)
         )
 
     def leave(self) -> None:

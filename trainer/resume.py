@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from data_shards.errors import CorruptFile
 from data_shards.storage import Storage
 from trainer import checkpoint
@@ -14,17 +16,24 @@ from trainer.fast_tier import bring_together
 from trainer.run_directory import RunDirectory
 from trainer.staging import Staging
 
+_PATIENCE_S, _PAUSE_S = 10.0, 0.5
+"""A file system over the network may show another node's file a few seconds late."""
 
-def find_resumed(run: RunDirectory, spec: WorkerSpec) -> CheckpointRef | None:
+
+def find_resumed(run: RunDirectory, spec: WorkerSpec, patience_s: float = _PATIENCE_S) -> CheckpointRef | None:
     """The run's own checkpoint that the attempt continues from, within every rank's reach; before the model is built,
     as the next attempt may have to take another one. Collective.
+
+    Args:
+        patience_s: for which it is looked for: the driver has seen it, and an attempt that finds it gone passes it over
+            for good, of the fast tier with all older ones.
 
     Raises ModelError where it was trained from another base, CheckpointUnusable where it can't be read.
     """
     if spec.resume_from is None:
         return None
     try:
-        ref = checkpoint.read_manifest(run.checkpoints, spec.resume_from)
+        ref = _manifest_seen(run.checkpoints, spec.resume_from, patience_s)
     except FileNotFoundError as error:  # a worker of an attempt before this one went on, and removed it
         raise CheckpointOutOfReach(spec.resume_from, "it is not there any more") from error
     except CorruptFile as error:  # since the driver looked
@@ -33,6 +42,17 @@ def find_resumed(run: RunDirectory, spec: WorkerSpec) -> CheckpointRef | None:
     if ref.manifest.fast:
         bring_together(run.checkpoints, ref)
     return ref
+
+
+def _manifest_seen(checkpoints: Storage, name: str, patience_s: float) -> CheckpointRef:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            return checkpoint.read_manifest(checkpoints, name)
+        except FileNotFoundError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(_PAUSE_S)
 
 
 def restore(

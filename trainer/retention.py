@@ -51,7 +51,9 @@ def prune(
 
     Quarantined ones stay for people to look at, damaged ones while their attempt counts, and so does what no attempt of
     this run made. What ``attempt``, the caller's own, has not committed stays too, as a save may be under way. A caller
-    that has been superseded removes nothing. May be called on several threads: one waits for the other.
+    that has been superseded, or was asked to end, removes nothing: who goes on in its place asks first, looks then, and
+    so finds either all that is there or what is the newest here. May be called on several threads: one waits for the
+    other.
 
     Returns:
         Names of what was removed.
@@ -61,6 +63,8 @@ def prune(
     with _ONE_AT_A_TIME:
         found = survey(run)
         if not found.chain or found.chain[-1].attempt != attempt:
+            return []
+        if run.stop_request(attempt) is not None:  # looked for last: what is the newest here is older than that look
             return []
         stay = kept(found.usable, config, sparing) | found.quarantined
         others = found.attempts.keys() - {attempt}

@@ -212,7 +212,7 @@ class Saver:
             finally:
                 self._copied.set()
             _give_way()  # not before: the next update waits for the copies
-            target = checkpoint.target_of(self._checkpoints, manifest)
+            target = checkpoint.target_of(self._checkpoints, manifest, self._engine.rank)
             if discard_last and self._target is not None and self._target.uri != target.uri:
                 self._discard()  # never what is being written anew
             self._target = target

@@ -161,3 +161,10 @@ class MemoryStorage:
         if path not in self._stage.files:
             raise FileNotFoundError(path)
         del self._stage.files[path]
+
+    def delete_tree(self, relative: str) -> None:
+        """A file at a time, as object stores do; others may come between."""
+        base = f"{self._base}{relative}/"
+        for path in [path for path in self._stage.files if path.startswith(base)]:
+            self._at("")
+            self._stage.files.pop(path, None)

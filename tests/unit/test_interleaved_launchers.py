@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
+from unittest.mock import Mock
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.attempts import run_attempts
 from cluster.claims import Timing
 from cluster.holder import Life, this_process
 from cluster.lease import World, take
 from tests.support.interleaving import Launcher, MemoryStorage, Stage
 from tests.unit.test_run_directory import commit
+from trainer.checkpoint import CheckpointRef
+from trainer.config import CheckpointConfig
 from trainer.errors import RunHeld
+from trainer.retention import Sparing, prune
 from trainer.run_directory import RunDirectory
-from trainer.survey import durable_checkpoints, tip_and_newest
+from trainer.survey import durable_checkpoints, newest_usable, tip_and_newest
 
 TIMING = Timing(heartbeat_s=1.0, patience_s=4.0, settle_s=0.5)
 PATIENT = replace(TIMING, patience_s=60.0)
@@ -114,3 +120,48 @@ def test_what_a_superseded_launcher_commits_is_never_read(seed: int, launchers: 
         of = chain.index(ref.manifest.attempt)
         at = order[f"checkpoints/{ref.name}/manifest.json"]
         assert all(at < later for later in began[of + 1 :]), "it was committed after its attempt had a successor"
+
+
+@settings(max_examples=400, deadline=None)
+@given(SEEDS, st.integers(1, 3), st.sampled_from(Sparing))
+def test_workers_that_outlive_their_launcher_leave_what_the_next_one_goes_on_from(
+    seed: int, keep_last: int, sparing: Sparing
+) -> None:
+    """They commit, and retention removes, at any point of the other's look, beginning, and work."""
+    chance, stage = random.Random(seed), Stage()
+    config = CheckpointConfig(keep_last=keep_last)
+    first = run_of(stage, None).start_attempt(None, None, (), term=1)
+    commit(run_of(stage, None), first.attempt, 4)
+    began_from: list[str] = []
+
+    def writer(launcher: Launcher) -> None:
+        for step in (8, 12, 16):
+            launcher.sleep(chance.uniform(0, 0.6))
+            commit(run_of(stage, launcher), first.attempt, step)
+
+    def retention(launcher: Launcher) -> None:
+        for _ in range(4):
+            launcher.sleep(chance.uniform(0, 0.4))
+            prune(run_of(stage, launcher), config, first.attempt, sparing)
+
+    def successor(launcher: Launcher) -> None:
+        run = run_of(stage, launcher)
+
+        class Begun(Exception):
+            pass
+
+        def begins(attempt: str, ref: CheckpointRef | None) -> Any:
+            assert ref is not None
+            began_from.append(ref.name)
+            raise Begun
+
+        lease = take(run, silent, take_over=True, timing=TIMING, world=world_of(stage, launcher))
+        room: Any = Mock(wait_for_room=lambda wanted, say: 1)
+        with suppress(Begun):
+            run_attempts(run, room, begins, lease=lease, max_failures_without_progress=1, say=silent)
+
+    for body in (writer, retention, successor):
+        stage.add(body)
+    stage.play(chance, suspend=0.05, longest_s=3)
+    newest = newest_usable(run_of(stage, None), silent)
+    assert newest is not None and newest.name in began_from

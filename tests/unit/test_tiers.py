@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,17 +14,20 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_shards import signed_json
+from data_shards.errors import BatonError
 from data_shards.storage import Storage
 from launch import checkpoints
 from tests.support.checkpoints import random_values, write_checkpoint
 from tests.support.command import run_here
 from tests.support.tiny import DRAFT
 from tests.unit.test_run_directory import commit, found_unusable
-from trainer.checkpoint import directory_name, hash_file, is_fast, parse_name, rank_file, read_manifest
-from trainer.checkpoint_manifest import KIND, VERSION, CheckpointManifest, ParameterEntry
+from trainer import resume
+from trainer.checkpoint import directory_name, hash_file, is_fast, parse_name, rank_file, read_manifest, target_of
+from trainer.checkpoint_manifest import KIND, MANIFEST, VERSION, CheckpointManifest, ParameterEntry
 from trainer.checkpointing import Cadence, Tier
 from trainer.config import CheckpointConfig, FastTierConfig
 from trainer.disk_plan import fast_tier_bytes
+from trainer.errors import CheckpointOutOfReach
 from trainer.fast_tier import FastTier, folder_on_node, needed_files
 from trainer.model_shape import FP32, ParameterShape
 from trainer.retention import prune
@@ -178,6 +183,56 @@ def test_only_one_rank_of_a_node_clears(tmp_path: Path, monkeypatch: pytest.Monk
     tier.folder.child(directory_name(5, attempt, fast=True)).write("x", [b"x"])
     tier.clear()
     assert tier.folder.list()
+
+
+def test_a_node_that_does_not_see_the_last_commits_keeps_its_parts_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As over NFS, which goes on believing for half a minute that a manifest is not there."""
+    run = RunDirectory.at(str(tmp_path / "storage"))
+    attempt = run.start_attempt(None, None, ()).attempt
+    tier = FastTier.open(str(tmp_path / "nvme"), run, attempt)
+    exists = Storage.exists
+    unseen: list[str] = []
+    monkeypatch.setattr(
+        Storage, "exists", lambda at, name: not (name == MANIFEST and at.uri in unseen) and exists(at, name)
+    )
+    for step in (5, 10, 15, 20):
+        writing = directory_name(step, attempt, fast=True)
+        tier.clear(writing)
+        tier.folder.child(writing).write("rank-00000.safetensors", [b"x"])
+        commit(run, attempt, step, AT)
+        unseen.append(run.checkpoints.child(writing).uri)
+    assert [parse_name(name)[0] for name in tier.folder.list()] == [10, 15, 20]
+
+
+def test_only_rank_zero_looks_whether_a_checkpoint_is_committed(tmp_path: Path) -> None:
+    """So that on no other node a network file system can remember that it was not there."""
+    checkpoints = Storage.at(tmp_path)
+    ref = write_checkpoint(checkpoints, replace(DRAFT, world_size=1, optimizer={"state_keys": []}), random_values())
+    with pytest.raises(BatonError, match="is committed already"):
+        target_of(checkpoints, ref.manifest)
+    assert target_of(checkpoints, ref.manifest, rank=1).uri == checkpoints.child(ref.name).uri
+
+
+def test_a_manifest_that_is_shown_late_is_looked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory.at(str(tmp_path))
+    name = commit(run, run.start_attempt(None, None, ()).attempt, 5, AT)
+    spec: Any = SimpleNamespace(resume_from=name, base_identity=DRAFT.base, other_base=False)
+    monkeypatch.setattr(resume, "bring_together", lambda checkpoints, ref: None)
+    monkeypatch.setattr(resume, "_PAUSE_S", 0.01)
+    sizes, looks = Storage.sizes, 0
+
+    def late(storage: Storage, relative: str = "") -> dict[str, int]:
+        nonlocal looks
+        looks += 1
+        return sizes(storage, relative) if looks > 3 else {}
+
+    monkeypatch.setattr(Storage, "sizes", late)
+    with pytest.raises(CheckpointOutOfReach, match="not there any more"):
+        resume.find_resumed(run, spec, patience_s=0)
+    found = resume.find_resumed(run, spec)
+    assert found is not None and found.name == name and looks == 4
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=5), st.integers(1, 9), st.integers(1, 9))
