@@ -14,7 +14,7 @@ from data_shards.encoding.encoder import load_tokenizer, tokenizer_identity
 from data_shards.errors import BadInput
 from data_shards.manifest import DatasetManifest
 from launch.config import Config
-from launch.places import at_commit, check_adapter_base, newest_checkpoint, open_run
+from launch.places import at_commit, check_trained_on, newest_checkpoint, open_run
 from trainer.base_location import check_base_directory
 from trainer.checkpoint import CheckpointRef
 from trainer.config import LoraConfig, Method, ModelConfig, TrainerConfig, TrainingConfig
@@ -66,7 +66,7 @@ def checkpoint_subject(config: Config, base: Path, step: int | None) -> Subject:
     ref = newest_checkpoint(run, step)
     was_model, was_training, seed = _recorded(ref)
     if was_training.method == Method.LORA:
-        check_adapter_base(config, base, ref)
+        check_trained_on(config, base, ref)
     model = was_model.model_copy(
         update={
             "base": config.model.base,

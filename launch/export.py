@@ -15,10 +15,10 @@ from data_shards.storage import Storage
 from launch.cli import config_from, config_parser, run_verb
 from launch.config import Config
 from launch.exit_codes import ExitCode
-from launch.places import check_adapter_base, newest_checkpoint, open_run
+from launch.places import check_trained_on, newest_checkpoint, open_run
 from trainer.base_location import locate_base
 from trainer.config import Method
-from trainer.export import ExportSource, export_adapter, export_full, export_merged
+from trainer.export import ExportSource, depends_on_base, export_adapter, export_full, export_merged
 from trainer.export_plan import ExportKind
 from trainer.progress_log import say
 from trainer.run_directory import RunDirectory
@@ -57,14 +57,14 @@ def export_run(
     Returns:
         ``{"model": …}`` for a full-parameter run, ``{"adapter": …}`` and perhaps ``{"merged": …}`` for LoRA.
 
-    Raises BadInput where there is no such checkpoint, or it is an adapter for another base.
+    Raises BadInput where there is no such checkpoint, or its export would mix it with another base.
     """
     run = open_run(config)
     ref = newest_checkpoint(run, step)
-    if config.training.method == Method.LORA:
-        check_adapter_base(config, base, ref)
     template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None
     source = ExportSource(run.checkpoints, ref, base, config.model, template)
+    if config.training.method == Method.LORA or depends_on_base(source):
+        check_trained_on(config, base, ref)
     dtype = _DTYPES[config.export.dtype or config.model.precision.value]
     lora = config.training.lora
     done: dict[str, Storage] = {}

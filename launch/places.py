@@ -24,11 +24,12 @@ def base_notes(config: Config) -> Storage:
     return Storage.at(config.run.storage).child(NOTES)
 
 
-def check_adapter_base(config: Config, base: Path, ref: CheckpointRef) -> None:
-    """Raises BadInput where a LoRA run's checkpoint was trained on another base than ``base``, that of ``config``."""
+def check_trained_on(config: Config, base: Path, ref: CheckpointRef) -> None:
+    """Raises BadInput where a checkpoint that is nothing without its base, such as a LoRA run's, was trained on another
+    than ``base``, that of ``config``."""
     if (now := base_identity(config.model, base, base_notes(config)).name) != ref.manifest.base:
         raise BadInput(
-            f"checkpoint {ref.name} is an adapter for the base {ref.manifest.base}, and model.base="
+            f"checkpoint {ref.name} was trained on the base {ref.manifest.base}, and model.base="
             f"{config.model.base!r} is {now}; give the base that it was trained on"
         )
 
