@@ -66,10 +66,12 @@ def export_full(
     """All weights of a full-parameter run as Hugging Face safetensors, and what the model has beside them from its
     base, as that holds it.
 
-    Raises BadInput where a local target has no room.
+    Raises BadInput where the checkpoint's parameters are not all that such a model trains, or a local target has no
+    room.
     """
     entries = source.parameters
     model = skeleton(model_config(source.base, source.model))
+    _check_parameters(source, model)
     fixed = _read_untrained(source, model)
     depends = {"base": _base_mark(source)} if fixed and not source.model.random_init else {}
     with source.reader() as reader:
@@ -172,6 +174,17 @@ def depends_on_base(source: ExportSource) -> bool:
 def adapter_name(name: str) -> str:
     """The name of an adapter's parameter in peft's files."""
     return name.replace(".default.", ".")
+
+
+def _check_parameters(source: ExportSource, model: torch.nn.Module) -> None:
+    wanted = {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
+    stored = {name: entry.shape for name, entry in source.parameters.items()}
+    if wanted != stored:
+        different = sorted(wanted.items() ^ stored.items())[:4]
+        raise BadInput(
+            f"checkpoint {source.ref.name} holds other parameters than a {type(model).__name__} of "
+            f"model.base={str(source.base)!r} trains: {different}. Give the base that it was trained on"
+        )
 
 
 def _read_untrained(source: ExportSource, model: torch.nn.Module) -> dict[str, torch.Tensor]:
