@@ -22,7 +22,7 @@ from trainer.base_loader import renames_tensors, skeleton
 from trainer.base_tensors import BaseTensors
 from trainer.base_weights import model_files
 from trainer.checkpoint import CheckpointRef, SliceReader
-from trainer.checkpoint_manifest import ParameterEntry
+from trainer.checkpoint_manifest import MANIFEST, ParameterEntry
 from trainer.config import LoraConfig, ModelConfig
 from trainer.export_plan import MAX_FILE_BYTES, ExportKind, ExportPlan, PlannedFile, index_file, plan_files
 from trainer.export_writer import Contents, check_room, write_export
@@ -215,7 +215,7 @@ def _plan(
     """``depends``: what else the weights depend on."""
     request = {
         "checkpoint": source.ref.name,
-        "checkpoint_sha256": sha256(source.ref.manifest.to_bytes()),
+        "checkpoint_sha256": sha256(source.checkpoints.child(source.ref.name).read(MANIFEST)),  # of any version
         "kind": kind.value,
         "dtype": str(dtype).removeprefix("torch."),
         "files": [file.to_json() for file in files],
