@@ -8,16 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from data_shards.encoding.encoder import load_tokenizer, tokenizer_identity
 from data_shards.errors import BadInput
 from data_shards.manifest import DatasetManifest
 from launch.config import Config
-from launch.places import at_commit, check_adapter_base, newest_checkpoint, open_run
+from launch.places import at_commit, check_trained_on, newest_checkpoint, open_run, recorded_settings
 from trainer.base_location import check_base_directory
-from trainer.checkpoint import CheckpointRef
-from trainer.config import LoraConfig, Method, ModelConfig, TrainerConfig, TrainingConfig
+from trainer.config import LoraConfig, Method, ModelConfig, TrainerConfig
 from trainer.export import ADAPTER_FILE
 from trainer.model import model_config
 from trainer.run_directory import read_json
@@ -64,23 +61,15 @@ def checkpoint_subject(config: Config, base: Path, step: int | None) -> Subject:
     """
     run = open_run(config)
     ref = newest_checkpoint(run, step)
-    was_model, was_training, seed = _recorded(ref)
-    if was_training.method == Method.LORA:
-        check_adapter_base(config, base, ref)
-    model = was_model.model_copy(
-        update={
-            "base": config.model.base,
-            "revision": config.model.revision,
-            "attention": config.model.attention,
-            "trust_remote_code": config.model.trust_remote_code,
-        }
-    )
-    trainer = _with(config.trainer(), was_training.method, was_training.lora, at_commit(model, base))
+    was = recorded_settings(config, ref)
+    if was.training.method == Method.LORA:
+        check_trained_on(config, base, ref)
+    trainer = _with(config.trainer(), was.training.method, was.training.lora, at_commit(was.model, base))
     uri = run.checkpoints.uri_of(ref.name)
     return Subject(
         f"step {ref.step} of {config.run.name}",
         f"step-{ref.step:08d}",
-        trainer.model_copy(update={"seed": seed}),
+        trainer.model_copy(update={"seed": was.seed}),
         base,
         init_from=uri,
         about={"model": uri, "step": ref.step, "base": ref.manifest.base},
@@ -133,21 +122,6 @@ def _with(trainer: TrainerConfig, method: Method, lora: LoraConfig, model: Model
     # Nothing is recomputed where there is no backward.
     model = model.model_copy(update={"activation_checkpointing": False})
     return trainer.model_copy(update={"training": training, "model": model})
-
-
-def _recorded(ref: CheckpointRef) -> tuple[ModelConfig, TrainingConfig, int]:
-    config = ref.manifest.config
-    try:
-        return (
-            ModelConfig.model_validate(config["model"]),
-            TrainingConfig.model_validate(config["training"]),
-            int(config["seed"]),
-        )
-    except (KeyError, ValidationError) as error:
-        raise BadInput(
-            f"checkpoint {ref.name} was committed by a release whose configuration this one can't read ({error}); "
-            "export it with that release and give --model"
-        ) from error
 
 
 def _adapter_lora(folder: Path) -> LoraConfig:

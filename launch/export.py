@@ -15,10 +15,11 @@ from data_shards.storage import Storage
 from launch.cli import config_from, config_parser, run_verb
 from launch.config import Config
 from launch.exit_codes import ExitCode
-from launch.places import check_adapter_base, newest_checkpoint, open_run
+from launch.places import check_trained_on, newest_checkpoint, open_run, recorded_settings
 from trainer.base_location import locate_base
+from trainer.checkpoint import CheckpointRef
 from trainer.config import Method
-from trainer.export import ExportSource, export_adapter, export_full, export_merged
+from trainer.export import ExportSource, depends_on_base, export_adapter, export_full, export_merged
 from trainer.export_plan import ExportKind
 from trainer.progress_log import say
 from trainer.run_directory import RunDirectory
@@ -30,45 +31,47 @@ def export_folder(run: RunDirectory, step: int) -> Storage:
     return run.storage.child(f"export/step-{step:08d}")
 
 
-def find_export(config: Config, step: int, kind: ExportKind | None = None) -> Storage | None:
-    """The complete export of this step, by default the model or the adapter; None where there is none."""
-    kind = kind or wanted_kinds(config)[0]
-    place = export_folder(open_run(config), step).child(kind)
-    return place if place.exists(kind.mark) else None
+def find_export(config: Config, ref: CheckpointRef) -> Storage | None:
+    """The complete export of this checkpoint, the model or the adapter; None where there is none."""
+    first = wanted_kinds(config, recorded_settings(config, ref).training.method)[0]
+    return None if first in missing_exports(config, ref) else export_folder(open_run(config), ref.step).child(first)
 
 
-def wanted_kinds(config: Config) -> list[ExportKind]:
-    """What the configuration asks for."""
-    if config.training.method != Method.LORA:
+def wanted_kinds(config: Config, method: Method) -> list[ExportKind]:
+    """What the configuration asks for of a run that was trained by this method."""
+    if method != Method.LORA:
         return [ExportKind.MODEL]
     return [ExportKind.ADAPTER, *([ExportKind.MERGED] if config.export.merge_lora else [])]
 
 
-def missing_exports(config: Config, step: int) -> list[ExportKind]:
+def missing_exports(config: Config, ref: CheckpointRef) -> list[ExportKind]:
     """Kinds that the configuration asks for and that are not there yet."""
-    return [kind for kind in wanted_kinds(config) if find_export(config, step, kind) is None]
+    folder, method = export_folder(open_run(config), ref.step), recorded_settings(config, ref).training.method
+    return [kind for kind in wanted_kinds(config, method) if not folder.child(kind).exists(kind.mark)]
 
 
 def export_run(
     config: Config, base: Path, *, step: int | None = None, say: Callable[[str], None] = say
 ) -> dict[str, Storage]:
-    """Export a checkpoint, the newest by default. What an export that was killed has finished is kept.
+    """Export a checkpoint, the newest by default. What its weights mean, it says itself: method, rank, alpha and the
+    changes to the base's config are those that it was trained with. What a killed export has finished is kept.
 
     Returns:
         ``{"model": …}`` for a full-parameter run, ``{"adapter": …}`` and perhaps ``{"merged": …}`` for LoRA.
 
-    Raises BadInput where there is no such checkpoint, or it is an adapter for another base.
+    Raises BadInput where there is no such checkpoint, or its export would mix it with another base.
     """
     run = open_run(config)
     ref = newest_checkpoint(run, step)
-    if config.training.method == Method.LORA:
-        check_adapter_base(config, base, ref)
     template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None
-    source = ExportSource(run.checkpoints, ref, base, config.model, template)
-    dtype = _DTYPES[config.export.dtype or config.model.precision.value]
-    lora = config.training.lora
+    was = recorded_settings(config, ref)
+    lora = was.training.lora
+    source = ExportSource(run.checkpoints, ref, base, was.model, template)
+    if was.training.method == Method.LORA or depends_on_base(source):
+        check_trained_on(config, base, ref)
+    dtype = _DTYPES[config.export.dtype or was.model.precision.value]
     done: dict[str, Storage] = {}
-    for kind in wanted_kinds(config):
+    for kind in wanted_kinds(config, was.training.method):
         place = done[kind] = export_folder(run, ref.step).child(kind)
         match kind:
             case ExportKind.MODEL:

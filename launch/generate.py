@@ -23,7 +23,7 @@ from launch.cli import config_from, config_parser, run_verb
 from launch.config import Config
 from launch.exit_codes import ExitCode
 from launch.export import export_run, find_export
-from launch.places import newest_checkpoint, open_run
+from launch.places import newest_checkpoint, open_run, recorded_settings
 from trainer.base_location import locate_base
 from trainer.config import Method
 from trainer.model import build_model
@@ -100,17 +100,18 @@ class Generator:
 
 def load_tuned(config: Config, base: Path) -> Any:
     """The newest checkpoint as a transformers (or peft) model, exported first if it isn't yet."""
-    step = newest_checkpoint(open_run(config)).step
-    if find_export(config, step) is None:
-        export_run(config, base, say=say)
-    place = find_export(config, step)
+    ref = newest_checkpoint(open_run(config))
+    if find_export(config, ref) is None:
+        export_run(config, base, step=ref.step, say=say)
+    place = find_export(config, ref)
     assert place is not None, "export_run has just made it"
     if place.local_path is None:
         raise BadInput(f"generate needs a local export; this one is at {place.uri}. Copy it, or use a shared path")
-    if config.training.method == Method.LORA:
+    was = recorded_settings(config, ref)
+    if was.training.method == Method.LORA:
         from peft import PeftModel
 
-        model = build_model(base, config.model, None, seed=config.seed)
+        model = build_model(base, was.model, None, seed=was.seed)
         return PeftModel.from_pretrained(model, str(place.local_path))
     from transformers import AutoModelForCausalLM
 

@@ -253,7 +253,7 @@ def write_result(job: Job, ref: CheckpointRef | None, status: str, reason: str) 
 
 def export_if_asked(job: Job) -> None:
     """The export that ``export.at_end`` asks for, unless it is there already."""
-    if job.config.export.at_end and missing_exports(job.config, newest_checkpoint(job.run).step):
+    if job.config.export.at_end and missing_exports(job.config, newest_checkpoint(job.run)):
         export_run(job.config, job.base)
 
 

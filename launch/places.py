@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from launch.config import Config
 from trainer.base_identity import NOTES, base_identity
 from trainer.checkpoint import CheckpointRef
-from trainer.config import ModelConfig
+from trainer.config import ModelConfig, TrainingConfig
 from trainer.run_directory import RunDirectory
 from trainer.survey import durable_checkpoints
 
@@ -24,11 +27,12 @@ def base_notes(config: Config) -> Storage:
     return Storage.at(config.run.storage).child(NOTES)
 
 
-def check_adapter_base(config: Config, base: Path, ref: CheckpointRef) -> None:
-    """Raises BadInput where a LoRA run's checkpoint was trained on another base than ``base``, that of ``config``."""
+def check_trained_on(config: Config, base: Path, ref: CheckpointRef) -> None:
+    """Raises BadInput where a checkpoint that is nothing without its base, such as a LoRA run's, was trained on another
+    than ``base``, that of ``config``."""
     if (now := base_identity(config.model, base, base_notes(config)).name) != ref.manifest.base:
         raise BadInput(
-            f"checkpoint {ref.name} is an adapter for the base {ref.manifest.base}, and model.base="
+            f"checkpoint {ref.name} was trained on the base {ref.manifest.base}, and model.base="
             f"{config.model.base!r} is {now}; give the base that it was trained on"
         )
 
@@ -53,3 +57,28 @@ def newest_checkpoint(run: RunDirectory, step: int | None = None) -> CheckpointR
             f"{run.storage.uri}: no checkpoint of step {step if step is not None else 'any'}; there: {there}"
         )
     return chosen[-1]
+
+
+@dataclass(frozen=True)
+class RecordedSettings:
+    """What a checkpoint's weights mean depends on these."""
+
+    model: ModelConfig
+    training: TrainingConfig
+    seed: int
+
+
+def recorded_settings(config: Config, ref: CheckpointRef) -> RecordedSettings:
+    """As the checkpoint itself has them; only where the base lies, and how it is computed, come from the configuration
+    at hand, which may have changed since. Raises BadInput where they can't be read."""
+    recorded = ref.manifest.config
+    try:
+        model = ModelConfig.model_validate(recorded["model"])
+        training, seed = TrainingConfig.model_validate(recorded["training"]), int(recorded["seed"])
+    except (KeyError, ValidationError) as error:
+        raise BadInput(
+            f"checkpoint {ref.name} was committed by a release whose configuration this one can't read ({error}); "
+            "export it with that release (evaluate takes what it gives as --model)"
+        ) from error
+    ours = {key: getattr(config.model, key) for key in ("base", "revision", "attention", "trust_remote_code")}
+    return RecordedSettings(model.model_copy(update=ours), training, seed)

@@ -25,7 +25,7 @@ from trainer.slices import slice_bounds
 PIECE_BYTES = 16 * 1024 * 1024
 """Read at once; also what a thread holds aside where the model has another dtype or lies on a GPU."""
 _THREADS = 4
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -39,6 +39,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""By their names in headers."""
 PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """Weights as such; other types are quantised, and mean something only with their scales."""
 _MAX_HEADER_BYTES = 100_000_000
@@ -118,7 +119,7 @@ def _tensors_of(path: Path) -> dict[str, StoredTensor]:
 
 def _tensor(path: Path, data_start: int, size: int, name: str, value: dict[str, Any]) -> StoredTensor:
     low, high = value["data_offsets"]
-    shape, dtype = tuple(value["shape"]), _DTYPES.get(value["dtype"])
+    shape, dtype = tuple(value["shape"]), DTYPES.get(value["dtype"])
     if not 0 <= low <= high <= size - data_start:
         raise ModelError(f"{path} has {size} bytes, and {name} should end at {data_start + high}: it is cut off")
     if dtype is not None and high - low != math.prod(shape) * dtype.itemsize:

@@ -22,11 +22,11 @@ from trainer.base_loader import renames_tensors, skeleton
 from trainer.base_tensors import BaseTensors
 from trainer.base_weights import model_files
 from trainer.checkpoint import CheckpointRef, SliceReader
-from trainer.checkpoint_manifest import ParameterEntry
+from trainer.checkpoint_manifest import MANIFEST, ParameterEntry
 from trainer.config import LoraConfig, ModelConfig
 from trainer.export_plan import MAX_FILE_BYTES, ExportKind, ExportPlan, PlannedFile, index_file, plan_files
 from trainer.export_writer import Contents, check_room, write_export
-from trainer.model import model_config, peft_config
+from trainer.model import build_model, model_config, peft_config
 from trainer.tensor_files import TensorSpec
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -63,23 +63,33 @@ def export_full(
     max_file_bytes: int = MAX_FILE_BYTES,
     report: Report = lambda line: None,
 ) -> None:
-    """All weights of a full-parameter run as Hugging Face safetensors.
+    """All weights of a full-parameter run as Hugging Face safetensors, and what the model has beside them from its
+    base, as that holds it.
 
-    Raises BadInput where a local target has no room.
+    Raises BadInput where the checkpoint's parameters are not all that such a model trains, or a local target has no
+    room.
     """
     entries = source.parameters
     model = skeleton(model_config(source.base, source.model))
+    _check_parameters(source, model)
+    fixed = _read_untrained(source, model)
+    depends = {"base": _base_mark(source)} if fixed and not source.model.random_init else {}
     with source.reader() as reader:
 
         def produce(name: str, start: int, stop: int) -> torch.Tensor:
+            if name in fixed:
+                return fixed[name].flatten()[start:stop]
             return reader.read(name, "fp32", entries[name].numel, start, stop).to(dtype)
 
         if renames_tensors(model):
             whole = {name: produce(name, 0, entry.numel).reshape(entry.shape) for name, entry in entries.items()}
-            _save_through_transformers(source, model, target, whole, dtype, report)
+            plan = _plan(source, ExportKind.MODEL, dtype, (), depends)
+            _save_through_transformers(source, model, target, whole | fixed, dtype, plan, report)
             return
-        files = plan_files({name: TensorSpec(entry.shape, dtype) for name, entry in entries.items()}, max_file_bytes)
-        plan = _plan(source, ExportKind.MODEL, dtype, files)
+        specs = {name: TensorSpec(entry.shape, dtype) for name, entry in entries.items()}
+        specs |= {name: TensorSpec(tuple(value.shape), value.dtype) for name, value in fixed.items()}
+        files = plan_files(specs, max_file_bytes)
+        plan = _plan(source, ExportKind.MODEL, dtype, files, depends)
         write_export(target, plan, produce, _companions(source) | index_file(files) | _config(source, dtype), report)
 
 
@@ -149,9 +159,50 @@ def export_merged(
         write_export(target, plan, produce, _companions(source) | index_file(files) | _config(source, dtype), report)
 
 
+def untrained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What a model's files hold beside what full-parameter training moves: buffers, and parameters that are frozen.
+    No checkpoint holds them."""
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) not in trained}
+
+
+def depends_on_base(source: ExportSource) -> bool:
+    """Whether all weights of a full-parameter run are not all of its model."""
+    return bool(untrained_tensors(skeleton(model_config(source.base, source.model))))
+
+
 def adapter_name(name: str) -> str:
     """The name of an adapter's parameter in peft's files."""
     return name.replace(".default.", ".")
+
+
+def _check_parameters(source: ExportSource, model: torch.nn.Module) -> None:
+    wanted = {name: tuple(value.shape) for name, value in model.named_parameters() if value.requires_grad}
+    stored = {name: entry.shape for name, entry in source.parameters.items()}
+    if wanted != stored:
+        different = sorted(wanted.items() ^ stored.items())[:4]
+        raise BadInput(
+            f"checkpoint {source.ref.name} holds other parameters than a {type(model).__name__} of "
+            f"model.base={str(source.base)!r} trains: {different}. Give the base that it was trained on"
+        )
+
+
+def _read_untrained(source: ExportSource, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """As the base's files hold them, whole: they are small. Where its files name them otherwise, or it has none
+    (model.random_init), as they are in the model that training begins with, which then must fit into memory."""
+    wanted = untrained_tensors(model)
+    if not wanted:
+        return {}
+    found = {}
+    if not source.model.random_init:
+        base = BaseTensors(source.base)
+        shapes = {name: base.shape(name) for name in base.names()}
+        same = [name for name, value in wanted.items() if shapes.get(name) == tuple(value.shape)]
+        found = {name: base.read(name, 0, wanted[name].numel()).reshape(shapes[name]) for name in same}
+    if wanted.keys() != found.keys():
+        whole = build_model(source.base, source.model, None, seed=0).state_dict()
+        found |= {name: whole[name].clone() for name in wanted if name not in found}
+    return {name: found[name] for name in wanted}
 
 
 def _plan(
@@ -164,7 +215,7 @@ def _plan(
     """``depends``: what else the weights depend on."""
     request = {
         "checkpoint": source.ref.name,
-        "checkpoint_sha256": sha256(source.ref.manifest.to_bytes()),
+        "checkpoint_sha256": sha256(source.checkpoints.child(source.ref.name).read(MANIFEST)),  # of any version
         "kind": kind.value,
         "dtype": str(dtype).removeprefix("torch."),
         "files": [file.to_json() for file in files],
@@ -185,6 +236,7 @@ def _save_through_transformers(
     target: Storage,
     state: dict[str, torch.Tensor],
     dtype: torch.dtype,
+    plan: ExportPlan,
     report: Report,
 ) -> None:
     """For architectures whose files differ from their modules: needs memory, and a temporary folder, for the whole
@@ -197,7 +249,6 @@ def _save_through_transformers(
         model.save_pretrained(folder, max_shard_size=MAX_FILE_BYTES)
         files: Contents = {path.name: path for path in Path(folder).iterdir()}
         config = (Path(folder) / ExportKind.MODEL.mark).read_bytes()
-        plan = _plan(source, ExportKind.MODEL, dtype, ())
 
         def none(name: str, start: int, stop: int) -> torch.Tensor:
             raise AssertionError("no file of this plan is made of tensors")

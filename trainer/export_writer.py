@@ -44,13 +44,20 @@ def write_export(
     """
     target = target.bounded()
     target.remove_leftovers()
-    kept = _verified(target, plan, report)
-    stale = {name: size for name, size in target.sizes().items() if _WEIGHTS.fullmatch(name) and name not in kept}
+    earlier = _earlier(target)
+    listed = {entry.path: entry for entry in earlier.files} if earlier else {}
+    kept = _verified(target, plan, earlier, report)
+    stale = {
+        name: size
+        for name, size in target.sizes().items()
+        if name not in kept and (_WEIGHTS.fullmatch(name) or (name in listed and name not in rest))
+    }
     missing = [file for file in plan.files if file.path not in kept]
     needed = sum(file.size for file in missing) + sum(map(_size, rest.values()))
     if (folder := target.local_path) is not None:
         check_room(folder, needed, sum(stale.values()))
-    if missing or stale:
+    differs = (name not in listed or _entry(name, data) != listed[name] for name, data in rest.items())
+    if missing or stale or any(differs):
         _invalidate(target, plan.kind.mark)  # else it would count as one while it is half of another
     for name in stale:
         target.delete_file(name)
@@ -72,10 +79,12 @@ def check_room(folder: Path, needed: int, freed: int = 0) -> None:
         )
 
 
-def _verified(target: Storage, plan: ExportPlan, report: Callable[[str], None]) -> dict[str, FileEntry]:
+def _verified(
+    target: Storage, plan: ExportPlan, earlier: ExportManifest | None, report: Callable[[str], None]
+) -> dict[str, FileEntry]:
     """Finished files that are still whole: every byte is read."""
     found = {}
-    for entry in plan.may_keep(_earlier(target)):
+    for entry in plan.may_keep(earlier):
         try:
             reader = VerifiedReader(target, entry)
             try:
@@ -118,12 +127,16 @@ def _finish(target: Storage, plan: ExportPlan, weights: tuple[FileEntry, ...], r
     """The other files, the manifest of all of them, and the mark."""
     mark = plan.kind.mark
     others = tuple(target.write(name, _chunks(data)) for name, data in sorted(rest.items()) if name != mark)
-    hasher = BlockHasher()
-    for chunk in _chunks(rest[mark]):
-        hasher.update(memoryview(chunk))
-    last = FileEntry(mark, hasher.size, hasher.digests())
+    last = _entry(mark, rest[mark])
     target.write(MANIFEST, [ExportManifest(plan.request, (*weights, *others, last)).to_bytes()])
     target.write(mark, _chunks(rest[mark]))
+
+
+def _entry(name: str, data: bytes | Path) -> FileEntry:
+    hasher = BlockHasher()
+    for chunk in _chunks(data):
+        hasher.update(memoryview(chunk))
+    return FileEntry(name, hasher.size, hasher.digests())
 
 
 def _size(data: bytes | Path) -> int:

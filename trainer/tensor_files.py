@@ -17,9 +17,9 @@ from data_shards.errors import CorruptFile
 from data_shards.hashed_file import BLOCK_BYTES, FileEntry
 from data_shards.storage import Storage
 from data_shards.verified_reader import Piece, VerifiedReader, by_span
+from trainer.base_weights import DTYPES
 
-_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_HEADER_BYTES = 100_000_000
 
 
@@ -132,7 +132,7 @@ class TensorFile:
     def dtype(self, name: str) -> torch.dtype:
         if name not in self._tensors:
             raise CorruptFile(f"{self._where}: holds no tensor {name!r}")
-        return _DTYPES[self._tensors[name]["dtype"]]
+        return DTYPES[self._tensors[name]["dtype"]]
 
     def piece(self, name: str, start: int, into: torch.Tensor) -> Piece:
         """Where the elements that are to fill ``into`` lie in the file.

@@ -210,7 +210,7 @@ def test_what_is_refused_before_workers_start(
     (tmp_path / "stranger" / "config.json").write_text(json.dumps(stranger))
     assert "was trained with another" in refuse(capfd, full, "--model", str(tmp_path / "stranger"))
     moved = refuse(capfd, lora, f"model.base={full.exported}")
-    assert "is an adapter for the base" in moved and "give the base that it was trained on" in moved
+    assert "was trained on the base" in moved and "give the base that it was trained on" in moved
     odd = tmp_path / "odd"
     odd.mkdir()
     adapter = json.loads((lora.exported / "adapter_config.json").read_text())

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_shards.pack import Pack
 from data_shards.storage import Storage
@@ -17,7 +20,15 @@ from tests.support.engines import ADAMW, make_engine
 from tests.support.tiny import DRAFT, ragged_packs, save_now, save_tiny_model, tiny_config
 from trainer.batch import collate
 from trainer.config import LoraConfig, Method, ModelConfig, Precision
-from trainer.export import ExportSource, export_adapter, export_full, export_merged
+from trainer.export import (
+    ExportSource,
+    depends_on_base,
+    export_adapter,
+    export_full,
+    export_merged,
+    untrained_tensors,
+)
+from trainer.export_plan import ExportManifest
 from trainer.step import train_step
 
 IDS = torch.arange(2, 42)[None]
@@ -84,6 +95,83 @@ def test_adapter_and_merged_model_agree(tmp_path: Path, family: str) -> None:
     assert close(logits(adapted), expected)
     assert close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
     assert not close(logits(AutoModelForCausalLM.from_pretrained(base)), expected)
+
+
+def gemma4_config() -> Any:
+    from transformers import Gemma4TextConfig
+
+    layers = ["sliding_attention", "full_attention"]
+    heads = {"head_dim": 8, "global_head_dim": 8, "hidden_size_per_layer_input": 0, "layer_types": layers}
+    return tiny_config(kind=Gemma4TextConfig, **heads)
+
+
+def dots1_config() -> Any:
+    from transformers import Dots1Config
+
+    experts = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    groups = {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1}
+    return tiny_config(kind=Dots1Config, head_dim=8, **experts, **groups)
+
+
+def save_with_buffers(folder: Path, config: Any) -> dict[str, torch.Tensor]:
+    """A base whose buffers are not what its architecture begins with; returns them."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    buffers = untrained_tensors(model)
+    for number, value in enumerate(buffers.values(), 1):
+        value.copy_(torch.arange(value.numel()) + number / 8)
+    model.save_pretrained(folder)
+    return buffers
+
+
+BUFFERED = pytest.mark.parametrize("make_config", [gemma4_config, dots1_config])
+
+
+@BUFFERED
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("named", ["as the model does", "otherwise"])
+def test_buffers_are_those_of_the_base(
+    tmp_path: Path, make_config: Callable[[], Any], dtype: torch.dtype, named: str
+) -> None:
+    """No checkpoint holds them. A bare model's files name everything without ``model.``, which transformers adds."""
+    from transformers import AutoModelForCausalLM
+
+    base = tmp_path / "base"
+    buffers = save_with_buffers(base, make_config())
+    if named == "otherwise":
+        file = base / "model.safetensors"
+        save_file({name.removeprefix("model."): value for name, value in load_file(file).items()}, file)
+    write_checkpoint(Storage.at(tmp_path / "checkpoints"), masters_of(trained_shapes(base), 3), random_values())
+    source = source_of(base, tmp_path / "checkpoints")
+    assert depends_on_base(source)
+    export_full(source, Storage.at(tmp_path / "out"), dtype)
+    model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not any(told.values()), told
+    found = model.state_dict()
+    assert buffers and all(torch.equal(found[name], value) for name, value in buffers.items())
+    with source.reader() as reader:
+        for name, value in model.named_parameters():
+            expected = reader.read(name, "fp32", value.numel(), 0, value.numel()).to(dtype).float()
+            assert torch.equal(value.flatten(), expected), name
+    (manifest,) = tmp_path.glob("out/baton-export.json")
+    assert "base" in ExportManifest.from_bytes(manifest.read_bytes(), "").request
+
+
+@BUFFERED
+def test_buffers_of_a_base_without_weights(tmp_path: Path, make_config: Callable[[], Any]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = make_config()
+    config.save_pretrained(tmp_path / "base")
+    shapes = trained_shapes(tmp_path / "base")
+    write_checkpoint(Storage.at(tmp_path / "checkpoints"), masters_of(shapes, 2), random_values())
+    source = source_of(tmp_path / "base", tmp_path / "checkpoints")
+    random = replace(source, model=source.model.model_copy(update={"random_init": True}))
+    export_full(random, Storage.at(tmp_path / "out"), torch.float32)
+    expected = untrained_tensors(AutoModelForCausalLM.from_config(config))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert expected and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
 def test_files_that_name_tensors_otherwise_than_modules(tmp_path: Path) -> None:

@@ -44,12 +44,17 @@ class Place:
     folder: Path
 
     def export(
-        self, kind: ExportKind, name: str, dtype: torch.dtype = torch.bfloat16, report: Callable[[str], None] = print
+        self,
+        kind: ExportKind,
+        name: str,
+        dtype: torch.dtype = torch.bfloat16,
+        report: Callable[[str], None] = print,
+        template: str | None = None,
     ) -> Path:
         base = self.folder / "base"
         checkpoints = Storage.at(self.folder / ("full" if kind == ExportKind.MODEL else "lora"))
         ref = read_manifest(checkpoints, *checkpoints.list())
-        source = ExportSource(checkpoints, ref, base, ModelConfig(base=str(base)))
+        source = ExportSource(checkpoints, ref, base, ModelConfig(base=str(base)), template)
         target = Storage.at(self.folder / name)
         match kind:
             case ExportKind.MODEL:
@@ -141,6 +146,10 @@ class Stopped(Exception):
     """What ends an export in this process."""
 
 
+def stop(*_: Any) -> None:
+    raise Stopped
+
+
 def stop_at(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Let the export end before it writes its file of this number, from 0."""
     count = iter(range(number))
@@ -226,6 +235,28 @@ def test_kept_manifest_lists_all_files(place: Place) -> None:
         path.name: path.stat().st_size for path in folder.iterdir() if path.name != MANIFEST
     }
     assert manifest.request["kind"] == "merged" and manifest.request["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("kind", [ExportKind.ADAPTER, *KINDS])
+def test_what_is_no_longer_part_of_it_is_removed(
+    place: Place, folder: Path, kind: ExportKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A template that replaced the tokenizer's; what Baton did not write stays."""
+    place.export(kind, folder.name)
+    expected = digest(folder)
+    place.export(kind, folder.name, template="{{ messages }}")
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages }}"
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        patched.setattr(export_writer, "_finish", stop)
+        place.export(kind, folder.name, template="other")
+    assert not (folder / kind.mark).exists(), "half of it would be the other's"
+    place.export(kind, folder.name, template="{{ messages }}")
+    (folder / "README.md").write_text("mine")
+    before = stamps(folder)
+    place.export(kind, folder.name)
+    assert stamps(folder) == before and (folder / "README.md").read_text() == "mine"
+    (folder / "README.md").unlink()
+    assert digest(folder) == expected
 
 
 Usage = namedtuple("Usage", "free")

@@ -88,7 +88,7 @@ def test_a_changed_base_is_refused_before_workers_start(lora: LoraRun, name: str
     assert again.code == 2 and lora.attempts() == before, again.output
     assert "model.base: was " in again.output and f"({name} has other contents)" in again.output
     assert "Give the old values to continue it" in again.output and "resume.allow=[model.base]" in again.output
-    assert exported.code == 2 and "is an adapter for the base" in exported.output
+    assert exported.code == 2 and "was trained on the base" in exported.output
 
 
 def test_a_new_run_may_begin_with_the_adapter_on_the_same_base_only(lora: LoraRun) -> None:

@@ -33,8 +33,10 @@ DRAFT = CheckpointManifest(
 """A checkpoint manifest to be completed by what saves it."""
 
 
-def tiny_config(family: str = "llama", *, tied: bool = False, vocab_size: int = VOCAB, **overrides: Any) -> Any:
-    """A config of two layers and 32 features in the shape of a real family."""
+def tiny_config(
+    family: str = "llama", *, kind: Any = None, tied: bool = False, vocab_size: int = VOCAB, **overrides: Any
+) -> Any:
+    """A config of two layers and 32 features in the shape of a real family, or of a class of configs, ``kind``."""
     from transformers import LlamaConfig, MistralConfig, Qwen2Config
 
     classes = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}
@@ -51,7 +53,7 @@ def tiny_config(family: str = "llama", *, tied: bool = False, vocab_size: int = 
         "eos_token_id": 1,
         "pad_token_id": None,
     }
-    return classes[family](**(values | overrides))
+    return (kind or classes[family])(**(values | overrides))
 
 
 def save_tiny_model(path: Path, family: str = "llama", *, seed: int = 0, **options: Any) -> Path:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from data_shards import signed_json
 from data_shards.errors import CorruptFile
@@ -16,6 +18,10 @@ from tests.support.checkpoints import committed
 from tests.support.golden import PARAMETERS, PROGRESS, STATE_KEYS, golden_values, write_golden
 from trainer import checkpoint
 from trainer.checkpoint_manifest import KIND, MANIFEST, VERSION
+from trainer.config import LoraConfig, ModelConfig
+from trainer.export import ADAPTER_FILE, ExportSource, export_adapter
+from trainer.export_plan import MANIFEST as EXPORT_MANIFEST
+from trainer.export_plan import ExportManifest
 from trainer.slices import slice_bounds
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -39,6 +45,21 @@ def test_every_released_version_is_read_at_any_size(version: int, world_size: in
                     start, stop = slice_bounds(parameter.numel, rank, world_size)
                     found = reader.read(parameter.name, part, parameter.numel, start, stop)
                     assert torch.equal(found, golden_values(parameter, part)[start:stop])
+
+
+@pytest.mark.parametrize("version", range(1, VERSION + 1))
+def test_every_released_version_is_exported(tmp_path: Path, version: int) -> None:
+    """As an adapter, which may hold tensors of any names."""
+    checkpoints, base, target = Storage.at(GOLDEN / f"version-{version}"), tmp_path / "base", tmp_path / "out"
+    (ref,) = committed(checkpoints)
+    export_adapter(ExportSource(checkpoints, ref, base, ModelConfig(base=str(base))), LoraConfig(), Storage.at(target))
+    found = load_file(target / ADAPTER_FILE)
+    assert found.keys() == {parameter.name for parameter in PARAMETERS}
+    for parameter in PARAMETERS:
+        assert torch.equal(found[parameter.name].flatten(), golden_values(parameter, "fp32"))
+    request = ExportManifest.from_bytes((target / EXPORT_MANIFEST).read_bytes(), "here").request
+    manifest = Path(checkpoints.uri) / ref.name / MANIFEST
+    assert request["checkpoint_sha256"] == hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
 @pytest.mark.parametrize(("version", "fast"), [(VERSION - 1, False), (VERSION, True)])
