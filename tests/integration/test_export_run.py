@@ -15,6 +15,7 @@ from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from launch.config import Config, ExportSection, RunSection
 from launch.export import export_run, find_export, missing_exports
+from launch.generate import load_tuned
 from launch.places import base_notes, open_run
 from tests.integration.test_export import gemma4_config, save_with_buffers
 from tests.support.checkpoints import committed, masters_of, random_values, trained_shapes, write_checkpoint
@@ -97,6 +98,8 @@ def test_method_and_alpha_are_those_of_the_checkpoint(
     (ref,) = committed(open_run(now).checkpoints)
     assert missing_exports(now, ref) == []
     assert (found := find_export(now, ref)) is not None and Path(found.uri) == expected["adapter"]
+    adapter = load_tuned(now, tmp_path / "base").peft_config["default"]
+    assert (adapter.r, adapter.lora_alpha) == (4, 64), "generate takes it for what it is"
     for folder in expected.values():
         shutil.rmtree(folder)
     assert find_export(now, ref) is None and export(now) == expected
