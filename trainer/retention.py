@@ -8,7 +8,7 @@ from contextlib import suppress
 from enum import StrEnum
 
 from trainer import checkpoint
-from trainer.checkpoint import CheckpointRef
+from trainer.checkpoint import CheckpointRef, is_fast, parse_name
 from trainer.config import CheckpointConfig
 from trainer.run_directory import RunDirectory
 from trainer.survey import STRANGER, survey
@@ -50,7 +50,8 @@ def prune(
     """Remove checkpoints that need not stay, those that nobody may read, and what killed saves have left.
 
     Quarantined ones stay for people to look at, damaged ones while their attempt counts, and so does what no attempt of
-    this run made. What ``attempt``, the caller's own, has not committed stays too, as a save may be under way. A caller
+    this run made; but of the fast tier, which fills the nodes' memory or disks, neither stays once a durable one is
+    newer. What ``attempt``, the caller's own, has not committed stays too, as a save may be under way. A caller
     that has been superseded, or was asked to end, removes nothing: who goes on in its place asks first, looks then, and
     so finds either all that is there or what is the newest here. May be called on several threads: one waits for the
     other.
@@ -66,11 +67,13 @@ def prune(
             return []
         if run.stop_request(attempt) is not None:  # looked for last: what is the newest here is older than that look
             return []
-        stay = kept(found.usable, config, sparing) | found.quarantined
+        stay = kept(found.usable, config, sparing) | {name for name in found.quarantined if not is_fast(name)}
+        durable_step = max((ref.step for ref in found.usable if not ref.manifest.fast), default=0)
         others = found.attempts.keys() - {attempt}
         doomed = [ref.name for ref in found.usable]
         doomed += [name for name, limit in found.superseded.items() if limit != STRANGER]
-        doomed += [name for name in found.unfinished if checkpoint.parse_name(name)[1] in others]
+        doomed += [name for name in found.bad if is_fast(name) and parse_name(name)[0] <= durable_step]
+        doomed += [name for name in found.unfinished if parse_name(name)[1] in others]
         removed, failure = [], None
         for name in doomed:
             if name in stay:

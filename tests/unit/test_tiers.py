@@ -32,7 +32,7 @@ from trainer.fast_tier import FastTier, folder_on_node, needed_files
 from trainer.model_shape import FP32, ParameterShape
 from trainer.retention import prune
 from trainer.run_directory import RunDirectory
-from trainer.survey import NoUsableCheckpoint, newest_usable, survey
+from trainer.survey import NoUsableCheckpoint, newest_usable, quarantine, survey
 
 AT = "/nvme/run-12345678"
 FAST = FastTierConfig(path="/nvme", every_steps=5, keep_last=2)
@@ -123,6 +123,26 @@ def test_each_tier_has_its_own_retention(tmp_path: Path) -> None:
     assert steps_of(run) == [(40, False), (50, True), (55, True)]
     prune(run, CheckpointConfig(keep_last=1), attempt)
     assert steps_of(run) == [(40, False), (55, True)], "the newest of all stays, the tier configured or not"
+
+
+def test_a_quarantined_one_does_not_fill_the_nodes_for_ever(tmp_path: Path) -> None:
+    """Until a durable one is newer, or its attempt is superseded; a durable one stays for people to look at."""
+    run = RunDirectory.at(str(tmp_path))
+    first = run.start_attempt(None, None, ())
+    durable = commit(run, first.attempt, 10)
+    fast = [commit(run, first.attempt, step, AT) for step in (15, 20, 25)]
+    for name in (durable, *fast[1:]):
+        quarantine(run, name, "a bit")
+    config = CheckpointConfig(keep_last=1, fast=FAST)
+    assert prune(run, config, first.attempt) == []
+    second = run.start_attempt(first, read_manifest(run.checkpoints, fast[0]), ())  # 20 and 25 are superseded
+    commit(run, second.attempt, 17, AT)
+    assert prune(run, config, second.attempt) == fast[1:]
+    quarantine(run, fast[0], "another")
+    assert prune(run, config, second.attempt) == []
+    newer = commit(run, second.attempt, 18)
+    prune(run, config, second.attempt)
+    assert run.checkpoints.list() == [durable, newer]
 
 
 def test_runs_begin_anew_only_where_nothing_durable_was_lost(tmp_path: Path) -> None:
