@@ -226,7 +226,7 @@ def _ask_then_look(run: RunDirectory, say: Say) -> tuple[AttemptStart | None, Ch
     chain = run.lineage()
     while True:
         if chain:
-            run.request_stop(chain[-1].attempt, "the run goes on in another attempt")
+            run.request_stop(chain[-1].attempt, "the run goes on in another attempt", StopKind.SUPERSEDED)
         parent, newest = tip_and_newest(run, say)
         if parent == (chain[-1] if chain else None):
             return parent, newest
@@ -286,4 +286,5 @@ def _end_written(run: RunDirectory, attempt: str) -> Any:
 def _making_way(run: RunDirectory, attempt: str) -> str:
     """Why an attempt was to end though the run goes on; empty where nobody wished it."""
     asked = [run.stop_request(attempt), *run.notices(attempt).values()]
-    return next((request.reason for request in asked if request and request.kind != StopKind.STOP), "")
+    ends = (StopKind.STOP, StopKind.SUPERSEDED)
+    return next((request.reason for request in asked if request and request.kind not in ends), "")

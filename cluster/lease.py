@@ -22,7 +22,7 @@ from cluster.holder import Holder, Life, life_here, this_process
 from data_shards.errors import CorruptFile
 from data_shards.storage import Storage
 from trainer.errors import RunHeld
-from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
+from trainer.run_directory import RunDirectory, Say, StopKind, read_json, utc_now, write_json
 
 log = logging.getLogger(__name__)
 
@@ -291,7 +291,8 @@ def holding(
             for claim in lease.passed_over:
                 say(f"carrying on in place of {claim}")
             if lease.passed_over and (chain := run.lineage()):  # its workers may have outlived it
-                run.request_stop(chain[-1].attempt, f"the run was taken over by {this_process()}")
+                reason = f"the run was taken over by {this_process()}"
+                run.request_stop(chain[-1].attempt, reason, StopKind.SUPERSEDED)
             yield lease
         finally:
             with suppress(OSError):  # then it lapses

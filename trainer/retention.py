@@ -10,7 +10,7 @@ from enum import StrEnum
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef, is_fast, parse_name
 from trainer.config import CheckpointConfig
-from trainer.run_directory import RunDirectory
+from trainer.run_directory import RunDirectory, StopKind
 from trainer.survey import STRANGER, survey
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -52,9 +52,9 @@ def prune(
     Quarantined ones stay for people to look at, damaged ones while their attempt counts, and so does what no attempt of
     this run made; but of the fast tier, which fills the nodes' memory or disks, neither stays once a durable one is
     newer. What ``attempt``, the caller's own, has not committed stays too, as a save may be under way. A caller
-    that has been superseded, or was asked to end, removes nothing: who goes on in its place asks first, looks then, and
-    so finds either all that is there or what is the newest here. May be called on several threads: one waits for the
-    other.
+    that has been superseded, or was told that it will be, removes nothing: who goes on in its place tells it, looks
+    then, and so finds either all that is there or what is the newest here. May be called on several threads: one waits
+    for the other.
 
     Returns:
         Names of what was removed.
@@ -65,7 +65,8 @@ def prune(
         found = survey(run)
         if not found.chain or found.chain[-1].attempt != attempt:
             return []
-        if run.stop_request(attempt) is not None:  # looked for last: what is the newest here is older than that look
+        request = run.stop_request(attempt)  # looked for last: what is the newest here is older than that look
+        if request is not None and request.kind == StopKind.SUPERSEDED:
             return []
         stay = kept(found.usable, config, sparing) | {name for name in found.quarantined if not is_fast(name)}
         durable_step = max((ref.step for ref in found.usable if not ref.manifest.fast), default=0)

@@ -56,6 +56,8 @@ class StopKind(StrEnum):
     """a machine under it will be taken away; the run goes on elsewhere"""
     RESIZE = "resize"
     """there is room for more workers"""
+    SUPERSEDED = "superseded"
+    """another attempt goes on in its place: it should never have lived so long, and removes nothing any more"""
 
 
 @dataclass(frozen=True)
