@@ -21,7 +21,7 @@ class Sparing(StrEnum):
 
     AS_CONFIGURED = "as configured"
     NEWEST = "newest"
-    """of ``keep_last`` just one: the disk is full"""
+    """of ``keep_last`` just one, and nothing damaged: the disk is full"""
 
 
 def kept(usable: Sequence[CheckpointRef], config: CheckpointConfig, sparing: Sparing) -> set[str]:
@@ -49,12 +49,12 @@ def prune(
 ) -> list[str]:
     """Remove checkpoints that need not stay, those that nobody may read, and what killed saves have left.
 
-    Quarantined ones stay for people to look at, damaged ones while their attempt counts, and so does what no attempt of
-    this run made; but of the fast tier, which fills the nodes' memory or disks, neither stays once a durable one is
-    newer. What ``attempt``, the caller's own, has not committed stays too, as a save may be under way. A caller
-    that has been superseded, or was told that it will be, removes nothing: who goes on in its place tells it, looks
-    then, and so finds either all that is there or what is the newest here. May be called on several threads: one waits
-    for the other.
+    Quarantined ones stay for people to look at while there is room, damaged ones while their attempt counts, and so
+    does what no attempt of this run made; but of the fast tier, which fills the nodes' memory or disks, neither stays
+    once a durable one is newer. What ``attempt``, the caller's own, has not committed stays too, as a save may be under
+    way. A caller that has been superseded, or was told that it will be, removes nothing: who goes on in its place tells
+    it, looks then, and so finds either all that is there or what is the newest here. May be called on several threads:
+    one waits for the other.
 
     Returns:
         Names of what was removed.
@@ -68,10 +68,15 @@ def prune(
         request = run.stop_request(attempt)  # looked for last: what is the newest here is older than that look
         if request is not None and request.kind == StopKind.SUPERSEDED:
             return []
-        stay = kept(found.usable, config, sparing) | {name for name in found.quarantined if not is_fast(name)}
+        set_aside = [name for name in found.quarantined if not is_fast(name)]
+        stay = kept(found.usable, config, sparing)
         durable_step = max((ref.step for ref in found.usable if not ref.manifest.fast), default=0)
         others = found.attempts.keys() - {attempt}
         doomed = [ref.name for ref in found.usable]
+        if sparing == Sparing.NEWEST:
+            doomed += set_aside
+        else:
+            stay |= set(set_aside)
         doomed += [name for name, limit in found.superseded.items() if limit != STRANGER]
         doomed += [name for name in found.bad if is_fast(name) and parse_name(name)[0] <= durable_step]
         doomed += [name for name in found.unfinished if parse_name(name)[1] in others]

@@ -233,6 +233,8 @@ def test_quarantined_ones_stay_when_a_successor_has_made_them_late(tmp_path: Pat
     second = run.start_attempt(first, newest_usable(run), ())
     commit(run, second.attempt, 10)
     assert bad in kept_by(run, second.attempt, keep_last=1) and steps(run) == [10]
+    assert bad not in kept_by(run, second.attempt, Sparing.NEWEST, keep_last=1), "the disk is full"
+    assert steps(run) == [10]
 
 
 def test_checkpoints_that_are_gone_are_no_reason_to_start_anew(tmp_path: Path) -> None:
