@@ -37,9 +37,10 @@ BUCKET = "baton"
 CLIENT_GIVES_UP_S = 6.0
 """Arrow's S3 client tries by itself for so long; only then does Baton's patience begin."""
 SHORT = Patience(total_s=1)
-"""Spent when the client gives up: nothing is tried twice."""
+"""Spent when the client gives up for the second time."""
 ENOUGH_S = CLIENT_GIVES_UP_S / 2
-"""That each of the steps behind a save waits for it, so that it has ended when the next one is due."""
+"""That each of the steps behind a save waits for it, so that one that is not tried again has ended when the next is
+due."""
 PART_OF_RANK_1 = "/rank-00001.safetensors?partNumber="
 
 
@@ -147,8 +148,8 @@ def test_an_upload_that_is_cut_off_costs_at_most_its_own_save(
     done = looped_on(store, base, Setting(patience=SHORT, wait_s=ENOUGH_S))
     assert cuts[8] == 2 and cuts[16] > 2 and store.faults.seen[Fault.CUT_UPLOAD] == sum(cuts.values())
     assert {17, 18} <= set(done.steps_behind)
-    *before, instead, last = committed_steps(store.uri)
-    assert before == [4, 8, 12] and 20 <= instead < last == 24
+    found = committed_steps(store.uri)  # the upload is begun a second time, so step 20 may be due before it has failed
+    assert found[:3] == [4, 8, 12] and 16 not in found and found[-1] == STEPS
     assert len(done.warned) == 1 and "the save of step 16 failed" in done.warned[0]
     check_nothing_is_lost(store, undisturbed)
 
@@ -181,7 +182,7 @@ def test_a_server_that_dies_costs_the_save_under_way_and_no_other(
 
     def come_back() -> None:
         assert killed.wait(60)
-        dead_until = time.monotonic() + CLIENT_GIVES_UP_S + 1
+        dead_until = time.monotonic() + 2 * CLIENT_GIVES_UP_S + 3  # each upload is begun a second time
         store.server.start()
         create_bucket(store.server.port, BUCKET)
         pafs.copy_files(str(kept), store.uri)
@@ -193,6 +194,7 @@ def test_a_server_that_dies_costs_the_save_under_way_and_no_other(
     done = looped_on(store, base, Setting(patience=SHORT, wait_s=ENOUGH_S))
     coming_back.join()
     assert killed.is_set() and store.faults.seen["dead"] > 20 and {9, 10} <= set(done.steps_behind)
-    assert committed_steps(store.uri) == [4, 12, 16, 20, 24]
+    found = committed_steps(store.uri)
+    assert found[0] == 4 and 8 not in found and found[-1] == STEPS and len(found) >= 3
     assert len(done.warned) == 1 and "the save of step 8 failed" in done.warned[0]
     check_nothing_is_lost(store, undisturbed)
