@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from typing import NamedTuple
 
 from data_shards.errors import BatonError, CorruptFile
-from data_shards.verified_reader import VerifiedReader
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointRef
-from trainer.rank_file import FilePlaces, RankFile
 from trainer.run_directory import (
     AttemptStart,
     RunDirectory,
@@ -90,7 +87,9 @@ def survey(run: RunDirectory) -> Survey:
             found.bad[name] = problem
         else:
             found.usable.append(ref)
-    found.usable.sort(key=lambda ref: (ref.step, not ref.manifest.fast, ref.name))  # of a step durable ones last
+    age = {start.attempt: place for place, start in enumerate(chain)}
+    # Of a step durable ones come last, and of those the later attempt's: it has the evaluation that the first gave up.
+    found.usable.sort(key=lambda ref: (ref.step, not ref.manifest.fast, age[ref.manifest.attempt]))
     return found
 
 
@@ -211,26 +210,15 @@ def problem_here(run: RunDirectory, name: str, told: str) -> str:
         told: what others found. Only the files that it names are read, if it names any: to read all of a huge
             checkpoint would cost the run more time than to go back.
     """
-
-    def is_named(listed: RankFile) -> bool:
-        return listed.path in told or (listed.hashes is not None and listed.hashes.path in told)
-
     try:
-        ref = checkpoint.read_manifest(run.checkpoints, name)
-        places = FilePlaces(run.checkpoints.child(name), name, ref.manifest.files_at)
-        for listed in list(filter(is_named, ref.manifest.files)) or ref.manifest.files:
-            if (place := places.find(listed)) is None:
-                raise checkpoint.out_of_reach(ref, [listed])
-            with closing(VerifiedReader(place, listed.hashed(place))) as reader:
-                reader.forget()  # this machine may have written it
-                reader.verify_all()
+        checkpoint.verify(run.checkpoints, name, told)
     except (BatonError, OSError) as error:
         return str(error)
     return ""
 
 
 def quarantine(run: RunDirectory, name: str, reason: str) -> None:
-    """From now on nobody uses this checkpoint, and nobody removes it."""
+    """From now on nobody uses this checkpoint; it is removed only for want of room (``retention.prune``)."""
     folder = run.checkpoints.child(name)
     if folder.exists(VERIFIED):
         folder.delete_file(VERIFIED)

@@ -126,6 +126,19 @@ def test_tip_and_newest_are_of_the_same_chain(tmp_path: Path, monkeypatch: pytes
     assert tip == began[0] and ref is not None and ref.step == 5, "of step 10 that chain knows nothing"
 
 
+def test_of_a_step_the_later_attempts_checkpoint_is_the_newest(tmp_path: Path) -> None:
+    """It was made for the evaluation that the earlier one lacks. Names end in what is drawn by chance."""
+    run = RunDirectory.at(str(tmp_path))
+    tip = run.start_attempt(None, None, ())
+    names = [commit(run, tip.attempt, 5)]
+    for _ in range(5):
+        tip = run.start_attempt(tip, newest_usable(run), ())
+        names.append(commit(run, tip.attempt, 5))
+        assert newest_usable(run).name == names[-1]  # type: ignore[union-attr]
+    assert [ref.name for ref in survey(run).usable] == names
+    assert kept_by(run, tip.attempt, keep_last=1) == names[-1:]
+
+
 def test_fences_hold_over_several_successors(tmp_path: Path) -> None:
     """A commits 10 and 20, both turn out corrupt; the chain goes back to the start. Neither may ever count again, or
     pruning would keep them and delete the good new one."""
