@@ -190,10 +190,7 @@ def run_attempts(
             start = run.start_attempt(
                 parent, resume_from, allowed_changes, term=lease.term, claim=lease.id, num_workers=num_workers
             )
-            where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
-            say(f"attempt {start.number} ({start.attempt}): {where}, {num_workers} workers")
-            events = EventLog(run, start.attempt)
-            events.record(EventKind.STARTED, where, number=start.number, step=start.start_step, num_workers=num_workers)
+            _tell_start(run, start, resume_from, num_workers, say)
             monitor.attempt_started(start.number)
             stop.attempt = start.attempt
             stop.forward()
@@ -212,12 +209,25 @@ def run_attempts(
                     f"{decision.delay_s:.0f}s"
                 )
                 stop.wait(decision.delay_s)
-            record = {"decision": asdict(decision), "end": asdict(end), "at": utc_now()}
-            with suppress(OSError):  # for people; a full disk must not change what follows
-                write_json(run.attempt(start.attempt), "decision.json", record)
-            events.record(EventKind.ENDED, decision.reason, end=end.kind.value, step=end.committed_step)
+            _record_end(run, start.attempt, end, decision)
             if decision.action != Action.RETRY:
                 return Submission(decision, start.number, _newest(run))
+
+
+def _tell_start(
+    run: RunDirectory, start: AttemptStart, resume_from: CheckpointRef | None, num_workers: int, say: Say
+) -> None:
+    where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
+    say(f"attempt {start.number} ({start.attempt}): {where}, {num_workers} workers")
+    details = {"number": start.number, "step": start.start_step, "num_workers": num_workers}
+    EventLog(run, start.attempt).record(EventKind.STARTED, where, **details)
+
+
+def _record_end(run: RunDirectory, attempt: str, end: AttemptEnd, decision: Decision) -> None:
+    record = {"decision": asdict(decision), "end": asdict(end), "at": utc_now()}
+    with suppress(OSError):  # for people; a full disk must not change what follows
+        write_json(run.attempt(attempt), "decision.json", record)
+    EventLog(run, attempt).record(EventKind.ENDED, decision.reason, end=end.kind.value, step=end.committed_step)
 
 
 def _ask_then_look(run: RunDirectory, say: Say) -> tuple[AttemptStart | None, CheckpointRef | None]:

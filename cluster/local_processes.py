@@ -7,7 +7,6 @@ does with CUDA while it is imported would not survive a fork.
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -29,8 +28,6 @@ from trainer.config import WorkerSpec
 from trainer.metrics import MetricsSink
 from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
 from trainer.stop_signal import deadline_in, is_there
-
-log = logging.getLogger(__name__)
 
 # Only what others wrote: the server may see another tree of ours than the driver runs (sys.path comes later, to forks).
 PRELOAD = (
@@ -116,13 +113,8 @@ class LocalProcesses:
         def look() -> None:
             if path is None or told or not is_there(path):
                 return
-            request = StopRequest(f"{path} is there", StopKind.STOP, deadline_in(path))
-            try:
-                notify(request)
-            except OSError as error:  # of the storage; the next look tells again
-                log.warning("the notice could not be passed on: %s", error)
-            else:
-                told.append(request)
+            told.append(StopRequest(f"{path} is there", StopKind.STOP, deadline_in(path)))
+            notify(told[0])
 
         return look
 

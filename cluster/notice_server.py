@@ -14,11 +14,10 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from data_shards.errors import BadInput
+from trainer.stop_signal import MOST_SECONDS
 
 TOKEN = "BATON_NOTICE_TOKEN"
 _MOST_BYTES = 4096
-_MOST_SECONDS = 366 * 86400.0
-"""Nobody gives notice earlier; what is infinite, or near it, is no time for Ray."""
 
 Tell = Callable[[str, float | None], bool]
 """Of a node's name and the seconds left; returns whether there is such a node."""
@@ -68,7 +67,7 @@ def _handler(token: str, tell: Tell) -> type[BaseHTTPRequestHandler]:
                 value = json.loads(self.rfile.read(length))
                 node, seconds = value["node"], value.get("seconds")
                 left = None if seconds is None else float(seconds)
-                if left is not None and not 0 <= left <= _MOST_SECONDS:
+                if left is not None and not 0 <= left <= MOST_SECONDS:
                     raise ValueError(f"{left} seconds")
             except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
                 self._answer(400, f'expected {{"node": "…", "seconds": 30}} ({error})')

@@ -103,6 +103,15 @@ def write_tasks_where_they_can_be(
     report: Report,
 ) -> None:
     """On the cluster, if all of its processors see sources and storage; else by the driver, saying why."""
+    why_not = _why_not_on_ray(tasks, location, report)
+    if why_not:
+        report(f"data: prepared where the driver runs ({why_not})")
+    write = write_tasks if why_not else write_tasks_on_ray
+    write(tasks, config, encoder, location, receipts, report)
+
+
+def _why_not_on_ray(tasks: Sequence[Task], location: Storage, report: Report) -> str:
+    """Empty where nothing speaks against it."""
     nodes = [node for node, has in ray_nodes.staying().items() if has.get("CPU")]
     mark = f"seen-{uuid.uuid4().hex[:12]}"
     location.write(mark, [b""])
@@ -111,12 +120,9 @@ def write_tasks_where_they_can_be(
         answers = ask_nodes(nodes, _find_unseen, files, location.uri, mark, about="the sources", say=report)
     finally:
         location.delete_file(mark)
-    blind = [f"{address} {answer}" for address, answer in sorted(answers.items()) if answer]
-    if answers and not blind:
-        write_tasks_on_ray(tasks, config, encoder, location, receipts, report)
-        return
-    report(f"data: prepared where the driver runs ({blind[0] if blind else 'no node has processors'})")
-    write_tasks(tasks, config, encoder, location, receipts, report)
+    if not answers:
+        return "no node has processors"
+    return next((f"{address} {answer}" for address, answer in sorted(answers.items()) if answer), "")
 
 
 def _find_unseen(files: dict[str, int], uri: str, mark: str) -> str:

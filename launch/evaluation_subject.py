@@ -62,8 +62,7 @@ def checkpoint_subject(config: Config, base: Path, step: int | None) -> Subject:
     run = open_run(config)
     ref = newest_checkpoint(run, step)
     was = recorded_settings(config, ref)
-    if was.training.method == Method.LORA:
-        check_trained_on(config, base, ref)
+    check_trained_on(config, was, base, ref)
     trainer = _with(config.trainer(), was.training.method, was.training.lora, at_commit(was.model, base))
     uri = run.checkpoints.uri_of(ref.name)
     return Subject(

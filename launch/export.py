@@ -19,7 +19,7 @@ from launch.places import check_trained_on, newest_checkpoint, open_run, recorde
 from trainer.base_location import locate_base
 from trainer.checkpoint import CheckpointRef
 from trainer.config import Method
-from trainer.export import ExportSource, depends_on_base, export_adapter, export_full, export_merged
+from trainer.export import ExportSource, export_adapter, export_full, export_merged
 from trainer.export_plan import ExportKind
 from trainer.progress_log import say
 from trainer.run_directory import RunDirectory
@@ -67,8 +67,7 @@ def export_run(
     was = recorded_settings(config, ref)
     lora = was.training.lora
     source = ExportSource(run.checkpoints, ref, base, was.model, template)
-    if was.training.method == Method.LORA or depends_on_base(source):
-        check_trained_on(config, base, ref)
+    check_trained_on(config, was, base, ref)
     dtype = _DTYPES[config.export.dtype or was.model.precision.value]
     done: dict[str, Storage] = {}
     for kind in wanted_kinds(config, was.training.method):

@@ -23,6 +23,7 @@ from launch.job import Job, Standing, export_if_asked, make_job, settle, write_r
 from launch.places import open_run, open_run_to_write
 from launch.plan import find_problem, report_of
 from launch.plan_inputs import find_target, plan_of_prepared
+from launch.plan_report import Report
 from launch.plan_text import lines_of
 from launch.torchrun import finetune_as_worker
 from trainer.errors import RunHeld
@@ -50,34 +51,37 @@ def describe(job: Job) -> None:
     )
 
 
-def show_plan(job: Job) -> None:
-    """What `baton plan` says, with the data as it was prepared. Raises BadInput where it surely does not fit."""
-    target = find_target(job.config)
+def make_plan(job: Job) -> tuple[Report, str | None]:
+    """What `baton plan` says, with the data as it was prepared, and what does not fit. Raises BadInput where that can't
+    be told."""
     data = plan_of_prepared(job.dataset.manifest)
-    report = report_of(job.config, data, target, job.base)
+    report = report_of(job.config, data, find_target(job.config), job.base)
+    return report, find_problem(job.config, data, report, job.base)
+
+
+def show_plan(job: Job) -> None:
+    """Raises BadInput where the run surely does not fit, or that can't be told."""
+    report, problem = make_plan(job)
     print("\n".join(lines_of(report)), flush=True)
-    found = find_problem(job.config, data, report, job.base)
-    if found and not target.assumed:
-        raise BadInput(f"the run does not fit: {found}")
-    if found:  # the workers' machines may have what this one has not
-        say(f"here the run would not fit: {found}")
+    if problem and not report.target.assumed:
+        raise BadInput(f"the run does not fit: {problem}")
+    if problem:  # the workers' machines may have what this one has not
+        say(f"here the run would not fit: {problem}")
 
 
 def check_fits(job: Job, standing: Standing) -> None:
     """Raises BadInput where a new run surely does not fit. One that has trained is only told of: it may fit after all.
     Nothing is said where it is not known here what the workers' machines have."""
     try:
-        target = find_target(job.config)
-    except BadInput:
+        report, problem = make_plan(job)
+    except BadInput as error:  # of a model, say, that is not described like Llama: it can be trained all the same
+        say(f"whether the run fits is not known: {error}")
         return
-    if target.assumed:
+    if not problem or report.target.assumed:
         return
-    data = plan_of_prepared(job.dataset.manifest)
-    found = find_problem(job.config, data, report_of(job.config, data, target, job.base), job.base)
-    if found and standing.newest is None:
-        raise BadInput(f"the run does not fit: {found}. `baton plan` shows the whole plan")
-    if found:
-        say(f"by its plan the run does not fit: {found}")
+    if standing.newest is None:
+        raise BadInput(f"the run does not fit: {problem}. `baton plan` shows the whole plan")
+    say(f"by its plan the run does not fit: {problem}")
 
 
 def main(arguments: Sequence[str]) -> int:

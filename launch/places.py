@@ -12,7 +12,8 @@ from data_shards.storage import Storage
 from launch.config import Config
 from trainer.base_identity import NOTES, base_identity
 from trainer.checkpoint import CheckpointRef
-from trainer.config import ModelConfig, TrainingConfig
+from trainer.config import Method, ModelConfig, TrainingConfig
+from trainer.export import depends_on_base
 from trainer.run_directory import RunDirectory
 from trainer.survey import durable_checkpoints
 
@@ -25,16 +26,6 @@ def at_commit(model: ModelConfig, base: Path) -> ModelConfig:
 def base_notes(config: Config) -> Storage:
     """Where identities of bases are noted, for all runs of a storage."""
     return Storage.at(config.run.storage).child(NOTES)
-
-
-def check_trained_on(config: Config, base: Path, ref: CheckpointRef) -> None:
-    """Raises BadInput where a checkpoint that is nothing without its base, such as a LoRA run's, was trained on another
-    than ``base``, that of ``config``."""
-    if (now := base_identity(config.model, base, base_notes(config)).name) != ref.manifest.base:
-        raise BadInput(
-            f"checkpoint {ref.name} was trained on the base {ref.manifest.base}, and model.base="
-            f"{config.model.base!r} is {now}; give the base that it was trained on"
-        )
 
 
 def open_run(config: Config) -> RunDirectory:
@@ -82,3 +73,15 @@ def recorded_settings(config: Config, ref: CheckpointRef) -> RecordedSettings:
         ) from error
     ours = {key: getattr(config.model, key) for key in ("base", "revision", "attention", "trust_remote_code")}
     return RecordedSettings(model.model_copy(update=ours), training, seed)
+
+
+def check_trained_on(config: Config, was: RecordedSettings, base: Path, ref: CheckpointRef) -> None:
+    """Raises BadInput where a checkpoint that is nothing without its base (an adapter, or all weights of a model that
+    has more than those) was trained on another than ``base``, that of ``config``."""
+    if was.training.method != Method.LORA and not depends_on_base(base, was.model):
+        return
+    if (now := base_identity(config.model, base, base_notes(config)).name) != ref.manifest.base:
+        raise BadInput(
+            f"checkpoint {ref.name} was trained on the base {ref.manifest.base}, and model.base="
+            f"{config.model.base!r} is {now}; give the base that it was trained on"
+        )

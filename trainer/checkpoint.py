@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -275,15 +275,22 @@ def out_of_reach(ref: CheckpointRef, lost: Sequence[RankFile]) -> CheckpointOutO
     )
 
 
-def verify(checkpoints: Storage, name: str) -> CheckpointRef:
-    """Read every byte of a checkpoint. Raises CorruptFile or FileNotFoundError with the file and what is wrong;
-    CheckpointOutOfReach where it is of the fast tier, and not all of it is on this node."""
+def verify(checkpoints: Storage, name: str, suspects: str = "") -> CheckpointRef:
+    """Read every byte of a checkpoint, from where it is kept, and not what this machine has of it in memory.
+
+    Args:
+        suspects: a text. Only the files that it names are read, if it names any.
+
+    Raises CorruptFile or FileNotFoundError with the file and what is wrong; CheckpointOutOfReach where it is of the
+    fast tier, and not all of it is on this node.
+    """
     ref = read_manifest(checkpoints, name)
     places = FilePlaces(checkpoints.child(name), name, ref.manifest.files_at)
-    for entry in ref.manifest.files:
+    named = [entry for entry in ref.manifest.files if any(path in suspects for path in entry.paths)]
+    for entry in named or ref.manifest.files:
         if (place := places.find(entry)) is None:
             raise out_of_reach(ref, [entry])
-        reader = VerifiedReader(place, entry.hashed(place))
-        reader.verify_all()
-        reader.close()
+        with closing(VerifiedReader(place, entry.hashed(place))) as reader:
+            reader.forget()
+            reader.verify_all()
     return ref

@@ -166,9 +166,9 @@ def untrained_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if id(value) not in trained}
 
 
-def depends_on_base(source: ExportSource) -> bool:
+def depends_on_base(base: Path, config: ModelConfig) -> bool:
     """Whether all weights of a full-parameter run are not all of its model."""
-    return bool(untrained_tensors(skeleton(model_config(source.base, source.model))))
+    return bool(untrained_tensors(skeleton(model_config(base, config))))
 
 
 def adapter_name(name: str) -> str:

@@ -31,6 +31,10 @@ class RankFile:
     digests: bytes = b""
     """of versions 1 and 2"""
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return (self.path,) if self.hashes is None else (self.path, self.hashes.path)
+
     def to_json(self) -> dict[str, Any]:
         assert self.hashes is not None, "only today's version is written"
         own = {"path": self.path, "size": self.size, "block_bytes": self.block_bytes}

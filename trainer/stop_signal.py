@@ -8,7 +8,6 @@ machine will be taken away.
 from __future__ import annotations
 
 import logging
-import math
 import socket
 import threading
 import time
@@ -22,6 +21,8 @@ from trainer.run_directory import RunDirectory, StopKind, StopRequest
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+MOST_SECONDS = 366 * 86400.0
+"""Nobody gives notice earlier; what is infinite, or near it, is no time for Ray."""
 
 
 class StopSignal:
@@ -97,6 +98,6 @@ def deadline_in(path: Path) -> float | None:
     """Unix seconds, by the number of seconds left that a notice file begins with, from when it was written on; None
     where it holds none, or can't be read."""
     with suppress(OSError, ValueError, IndexError):
-        seconds = max(0.0, float(path.read_text(errors="replace").split()[0]))
-        return path.stat().st_mtime + seconds if math.isfinite(seconds) else None
+        seconds = float(path.read_text(errors="replace").split()[0])
+        return path.stat().st_mtime + max(0.0, seconds) if seconds <= MOST_SECONDS else None
     return None

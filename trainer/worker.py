@@ -17,6 +17,7 @@ from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
 from trainer import oom_kills
 from trainer.attempt_saves import cadence_of, draft, open_fast_tier, open_saver, watched_room
+from trainer.checkpoint import CheckpointRef
 from trainer.checkpoint_manifest import Progress
 from trainer.checkpointing import Checkpointing
 from trainer.config import (
@@ -80,6 +81,24 @@ def _open_data(spec: WorkerSpec) -> _Data:
     return _Data(source, SplitReader(dataset, manifest, VALIDATION) if held_out and held_out.rows else None, sampler)
 
 
+def _saved_step(resumed: CheckpointRef | None, data: _Data) -> int | None:
+    """The step that need not be saved durably again; None: there is none. At the last step nothing but an evaluation
+    can be missing, and then that is what has to be saved."""
+    if resumed is None:
+        return 0
+    progress = resumed.manifest.progress
+    at_the_end = progress.step == data.sampler.num_steps
+    lacks_something = at_the_end and lacks_last_evaluation(progress, data.validation is not None)
+    return None if resumed.manifest.fast or lacks_something else progress.step
+
+
+def _record_end(attempt: Storage, loop: Loop, outcome: Outcome, events: EventLog) -> None:
+    step = loop.progress.step
+    if outcome == Outcome.STOPPED:
+        events.record(EventKind.SAVED if loop.saved else EventKind.SAVE_SKIPPED, f"step {step}", step=step)
+    write_json(attempt, "end.json", {"outcome": outcome.value, "at": utc_now(), "progress": asdict(loop.progress)})
+
+
 def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     """Build everything for this rank and run the loop to its end."""
     config: TrainerConfig = spec.trainer
@@ -107,10 +126,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     reporter.began(resumed.manifest if resumed and not resumed.manifest.fast else None)
     events = EventLog(run, spec.attempt, engine.rank)
     room = watched_room(run, spec.attempt, config, engine, saver, log) if engine.rank == 0 else EndlessRoom()
-    # At the last step only an evaluation may be missing, and then it is what has to be saved.
-    unsaved = lacks_last_evaluation(progress, data.validation is not None) and progress.step == sampler.num_steps
-    saved_step = None if unsaved or (resumed and resumed.manifest.fast) else progress.step
-    cadence = cadence_of(config.checkpoint, fast)
+    cadence, saved_step = cadence_of(config.checkpoint, fast), _saved_step(resumed, data)
     checkpointing = Checkpointing(saver, room, cadence, saved_step, partial(draft, spec), log, reporter)
     loop = Loop(
         engine,
@@ -136,11 +152,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
         stop.close()
         checkpointing.close()
     if engine.rank == 0:
-        if outcome == Outcome.STOPPED:
-            kind = EventKind.SAVED if loop.saved else EventKind.SAVE_SKIPPED
-            events.record(kind, f"step {loop.progress.step}", step=loop.progress.step)
-        end = {"outcome": outcome.value, "at": utc_now(), "progress": asdict(loop.progress)}
-        write_json(run.attempt(spec.attempt), "end.json", end)
+        _record_end(run.attempt(spec.attempt), loop, outcome, events)
     if fast and outcome == Outcome.FINISHED:
         fast.leave()
     return outcome

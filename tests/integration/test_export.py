@@ -144,7 +144,7 @@ def test_buffers_are_those_of_the_base(
         save_file({name.removeprefix("model."): value for name, value in load_file(file).items()}, file)
     write_checkpoint(Storage.at(tmp_path / "checkpoints"), masters_of(trained_shapes(base), 3), random_values())
     source = source_of(base, tmp_path / "checkpoints")
-    assert depends_on_base(source)
+    assert depends_on_base(source.base, source.model)
     export_full(source, Storage.at(tmp_path / "out"), dtype)
     model, told = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
     assert not any(told.values()), told

@@ -14,6 +14,7 @@ import torch
 from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from launch.config import Config, ExportSection, RunSection
+from launch.evaluation_subject import checkpoint_subject
 from launch.export import export_run, find_export, missing_exports
 from launch.generate import load_tuned
 from launch.places import base_notes, open_run
@@ -70,6 +71,8 @@ def test_a_base_that_gives_buffers_must_be_that_of_the_run(tmp_path: Path) -> No
     path.write_bytes(data)
     with pytest.raises(BadInput, match="was trained on the base"):
         export(config)
+    with pytest.raises(BadInput, match="was trained on the base"):
+        checkpoint_subject(config, tmp_path / "base", None)  # as evaluate does
 
 
 def test_a_base_that_gives_nothing_may_lack_its_weights(tmp_path: Path) -> None:

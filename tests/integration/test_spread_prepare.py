@@ -67,12 +67,19 @@ def locally(config: DataConfig, root: Path) -> dict[str, bytes]:
     return contents(root)
 
 
-def test_same_bytes_as_locally(driver: Driver, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("deduplicate", "write", "tasks"),
+    [(False, write_tasks_on_ray, 7), (True, write_tasks_on_ray, 1), (False, write_tasks_where_they_can_be, 7)],
+    ids=["as was wished", "repeated records are found by one task", "where all nodes see everything"],
+)
+def test_same_bytes_as_locally(
+    driver: Driver, tmp_path: Path, deduplicate: bool, write: WriteTasks, tasks: int
+) -> None:
     write_sources(tmp_path)
-    config = config_of(tmp_path)
-    lines = driver(spread, config, tmp_path / "spread")
+    config = config_of(tmp_path, cleaning={"deduplicate": deduplicate})
+    lines = driver(spread, config, tmp_path / "spread", write)
     assert contents(tmp_path / "spread") == locally(config, tmp_path / "local")
-    assert any("7 of 7 tasks done" in line for line in lines), lines
+    assert any(f"{tasks} of {tasks} tasks done" in line for line in lines), lines
 
 
 def test_bad_line_is_named_and_what_was_done_is_kept(driver: Driver, tmp_path: Path) -> None:
@@ -101,19 +108,3 @@ def warns() -> bool:
 
 def test_ray_leaves_our_warnings_alone(driver: Driver) -> None:
     assert driver(ray.is_initialized) and driver(warns)
-
-
-def test_repeated_records_are_found_by_one_task(driver: Driver, tmp_path: Path) -> None:
-    write_sources(tmp_path)
-    config = config_of(tmp_path, cleaning={"deduplicate": True})
-    lines = driver(spread, config, tmp_path / "spread")
-    assert contents(tmp_path / "spread") == locally(config, tmp_path / "local")
-    assert any("1 of 1 tasks done" in line for line in lines), lines
-
-
-def test_by_itself_where_all_nodes_see_everything(driver: Driver, tmp_path: Path) -> None:
-    write_sources(tmp_path)
-    config = config_of(tmp_path)
-    lines = driver(spread, config, tmp_path / "spread", write_tasks_where_they_can_be)
-    assert contents(tmp_path / "spread") == locally(config, tmp_path / "local")
-    assert any("7 of 7 tasks done" in line for line in lines), lines

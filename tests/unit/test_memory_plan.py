@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -288,3 +289,26 @@ def test_missing_data_leaves_the_rest_of_the_plan(small_run: str, capsys: pytest
     report = json.loads(out)
     assert code == 0 and report["data"]["origin"] == "unknown" and "/absent.jsonl" in report["data"]["note"]
     assert report["steps"] is None and report["memory"]["required_bytes"] > 0
+
+
+@pytest.mark.parametrize(("assumed", "trained", "said"), [(False, True, "does not fit"), (True, False, "")])
+def test_finetune_refuses_only_a_new_run_that_surely_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], assumed: bool, trained: bool, said: str
+) -> None:
+    report = SimpleNamespace(target=SimpleNamespace(assumed=assumed))
+    monkeypatch.setattr(finetune, "make_plan", lambda job: (report, "a worker needs too much"))
+    standing: Any = SimpleNamespace(newest="a checkpoint" if trained else None)
+    finetune.check_fits(None, standing)  # type: ignore[arg-type]
+    told = capsys.readouterr().out
+    assert said in told and bool(told) == bool(said)
+
+
+def test_what_cannot_be_planned_can_be_trained(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(job: Any) -> None:
+        raise ModelError("a plan needs num_attention_heads")
+
+    monkeypatch.setattr(finetune, "make_plan", fail)
+    finetune.check_fits(None, SimpleNamespace(newest=None))  # type: ignore[arg-type]
+    assert "whether the run fits is not known: a plan needs num_attention_heads" in capsys.readouterr().out
