@@ -47,8 +47,8 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_base(path: Path, texts: list[str]) -> None:
-    """A tokenizer trained on ``texts`` and a Llama of about 0.7 M random parameters."""
+def make_base(path: Path, texts: list[str], *, num_layers: int = 3) -> None:
+    """A tokenizer trained on ``texts`` and a Llama of random parameters, with three layers about 0.7 M."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -72,7 +72,7 @@ def make_base(path: Path, texts: list[str]) -> None:
         hidden_size=hidden_size,
         initializer_range=hidden_size**-0.5,  # the usual 0.02 is for wide models; so narrow a one learns slowly by it
         intermediate_size=352,
-        num_hidden_layers=3,
+        num_hidden_layers=num_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

@@ -70,7 +70,7 @@ class Bench:
         self.root = root
         rows = records(60, seed=3)
         write_jsonl(root / "train.jsonl", rows)
-        make_base(root / "base", [f"{row['question']} {row['answer']}" for row in rows])
+        make_base(root / "base", [f"{row['question']} {row['answer']}" for row in rows], num_layers=1)
         self._reference: dict[str, dict[str, bytes]] = {}
 
     def config(self, folder: Path, steps: int = STEPS, keep_last: int = 1, *, tiers: bool = False) -> Path:
