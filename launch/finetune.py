@@ -22,7 +22,7 @@ from launch.exit_codes import ExitCode
 from launch.job import Job, Standing, export_if_asked, make_job, settle, write_result
 from launch.places import open_run, open_run_to_write
 from launch.plan import find_problem, report_of
-from launch.plan_inputs import find_target, plan_of_prepared
+from launch.plan_inputs import Target, find_target, plan_of_prepared
 from launch.plan_report import Report
 from launch.plan_text import lines_of
 from launch.torchrun import finetune_as_worker
@@ -51,17 +51,17 @@ def describe(job: Job) -> None:
     )
 
 
-def make_plan(job: Job) -> tuple[Report, str | None]:
+def make_plan(job: Job, target: Target) -> tuple[Report, str | None]:
     """What `baton plan` says, with the data as it was prepared, and what does not fit. Raises BadInput where that can't
     be told."""
     data = plan_of_prepared(job.dataset.manifest)
-    report = report_of(job.config, data, find_target(job.config), job.base)
+    report = report_of(job.config, data, target, job.base)
     return report, find_problem(job.config, data, report, job.base)
 
 
 def show_plan(job: Job) -> None:
     """Raises BadInput where the run surely does not fit, or that can't be told."""
-    report, problem = make_plan(job)
+    report, problem = make_plan(job, find_target(job.config))
     print("\n".join(lines_of(report)), flush=True)
     if problem and not report.target.assumed:
         raise BadInput(f"the run does not fit: {problem}")
@@ -73,11 +73,12 @@ def check_fits(job: Job, standing: Standing) -> None:
     """Raises BadInput where a new run surely does not fit. One that has trained is only told of: it may fit after all.
     Nothing is said where it is not known here what the workers' machines have."""
     try:
-        report, problem = make_plan(job)
+        target = find_target(job.config)
+        problem = None if target.assumed else make_plan(job, target)[1]
     except BadInput as error:  # of a model, say, that is not described like Llama: it can be trained all the same
         say(f"whether the run fits is not known: {error}")
         return
-    if not problem or report.target.assumed:
+    if problem is None:
         return
     if standing.newest is None:
         raise BadInput(f"the run does not fit: {problem}. `baton plan` shows the whole plan")

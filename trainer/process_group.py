@@ -6,6 +6,7 @@ import importlib
 import os
 import socket
 import warnings
+from collections import defaultdict
 from contextlib import suppress
 from datetime import timedelta
 
@@ -46,9 +47,10 @@ def start_process_group(timeout_s: float = 1800) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
     import deepspeed
 
-    # At start-up DeepSpeed compiles a shared-memory all-reduce for CPU inference (a minute on a small machine, and a
-    # compiler needed); training never calls it (deepspeed/comm/torch.py, inference_all_reduce).
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # At start-up DeepSpeed would try a compiler for each of its ops, and compile a shared-memory all-reduce for CPU
+    # inference (a minute on a small machine); training never calls it, and nothing else asks which ops there are
+    # (deepspeed/comm/torch.py, inference_all_reduce).
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
     _import_muon_uncompiled()
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import suppress
 from dataclasses import asdict
@@ -163,6 +164,7 @@ def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
     rank = int(os.environ.get("RANK", "0"))
     say(f"worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}")
     kills_before = oom_kills.count()
+    gc.freeze()  # DeepSpeed collects garbage on its way; of all that was imported none ever is
     run, pulse = RunDirectory.at(spec.run_uri), Pulse()
     config = spec.trainer
     watch = open_watch(

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from data_shards.as_numpy import as_numpy
 from data_shards.errors import CorruptFile
 from data_shards.hashed_file import BLOCK_BYTES
 from data_shards.manifest import ShardEntry
@@ -115,23 +116,23 @@ class ShardFile:
         if columns.num_rows != expected or any(column.null_count for column in columns.columns):
             raise self._wrong()
         ids, trained, lengths, num_trained = columns.columns
-        offsets, sequence_offsets = ids.offsets.to_numpy(), lengths.offsets.to_numpy()
-        flags, sizes = trained.values.to_numpy(), lengths.values.to_numpy()
+        offsets, sequence_offsets = as_numpy(ids.offsets), as_numpy(lengths.offsets)
+        flags, sizes = as_numpy(trained.values), as_numpy(lengths.values)
         bounds = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])  # [S + 1]
         if (
-            not np.array_equal(offsets, trained.offsets.to_numpy())
+            not np.array_equal(offsets, as_numpy(trained.offsets))
             or not np.array_equal(bounds[sequence_offsets], offsets)
             or (flags.size and flags.max() > 1)
             or (sizes.size and sizes.min() < 1)
         ):
             raise CorruptFile(f"{self._where}: in record batch {index} the columns of a row disagree about its lengths")
         return Batch(
-            memoryview(offsets),
-            ids.values.to_numpy(),
+            offsets.data,
+            as_numpy(ids.values),
             flags.view(bool),
-            memoryview(sequence_offsets),
+            sequence_offsets.data,
             sizes,
-            num_trained.to_numpy(),
+            as_numpy(num_trained),
         )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
+from data_shards.as_numpy import as_numpy
 from data_shards.errors import CorruptFile
 from data_shards.hashed_file import FileEntry
 from data_shards.storage import Storage
@@ -34,4 +35,4 @@ def read_counts(storage: Storage, entry: FileEntry) -> np.ndarray:
         raise CorruptFile(f"{where}: not an Arrow file ({error})") from error
     if not table.schema.equals(SCHEMA) or table.column(0).null_count:
         raise CorruptFile(f"{where}: is not a column of counts")
-    return table.column(0).to_numpy()
+    return as_numpy(table.column(0).combine_chunks())

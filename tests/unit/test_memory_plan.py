@@ -291,14 +291,17 @@ def test_missing_data_leaves_the_rest_of_the_plan(small_run: str, capsys: pytest
     assert report["steps"] is None and report["memory"]["required_bytes"] > 0
 
 
+JOB: Any = SimpleNamespace(config=None)
+
+
 @pytest.mark.parametrize(("assumed", "trained", "said"), [(False, True, "does not fit"), (True, False, "")])
 def test_finetune_refuses_only_a_new_run_that_surely_does_not_fit(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], assumed: bool, trained: bool, said: str
 ) -> None:
-    report = SimpleNamespace(target=SimpleNamespace(assumed=assumed))
-    monkeypatch.setattr(finetune, "make_plan", lambda job: (report, "a worker needs too much"))
+    monkeypatch.setattr(finetune, "find_target", lambda config: SimpleNamespace(assumed=assumed))
+    monkeypatch.setattr(finetune, "make_plan", lambda job, target: (None, "a worker needs too much"))
     standing: Any = SimpleNamespace(newest="a checkpoint" if trained else None)
-    finetune.check_fits(None, standing)  # type: ignore[arg-type]
+    finetune.check_fits(JOB, standing)
     told = capsys.readouterr().out
     assert said in told and bool(told) == bool(said)
 
@@ -306,9 +309,10 @@ def test_finetune_refuses_only_a_new_run_that_surely_does_not_fit(
 def test_what_cannot_be_planned_can_be_trained(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(job: Any) -> None:
+    def fail(config: Any) -> None:
         raise ModelError("a plan needs num_attention_heads")
 
-    monkeypatch.setattr(finetune, "make_plan", fail)
-    finetune.check_fits(None, SimpleNamespace(newest=None))  # type: ignore[arg-type]
+    monkeypatch.setattr(finetune, "find_target", fail)
+    standing: Any = SimpleNamespace(newest=None)
+    finetune.check_fits(JOB, standing)
     assert "whether the run fits is not known: a plan needs num_attention_heads" in capsys.readouterr().out

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -115,6 +117,17 @@ def test_rows_are_what_was_written(packs: list[list[Sequence]], manifest: Datase
     for row in (-1, ROWS):
         with pytest.raises(IndexError):
             reader.pack(row)
+
+
+def test_a_worker_that_reads_needs_no_pandas(manifest: DatasetManifest, tmp_path: Path) -> None:
+    script = (
+        "import sys, numpy; from data_shards.storage import Storage; "
+        "from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest; "
+        "data = Storage.at(sys.argv[1]); reader = SplitReader(data, read_dataset_manifest(data), 'train'); "
+        "reader.pack(0); assert reader.num_trained(numpy.arange(3)) > 0; print('pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "data")], stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n")
 
 
 def test_opening_reads_no_shard(manifest: DatasetManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
