@@ -66,7 +66,7 @@ class EventLog:
         now = time.time()
         event = Event(now, kind.value, text, self._attempt, self._rank, details)
         with suppress(OSError, BatonError):
-            write_json(self._folder, f"{int(now * 1000):013d}-{kind.value}-{uuid.uuid4().hex[:6]}.json", asdict(event))
+            write_json(self._folder, f"{int(now * 1000):013d}-{kind.value}-{uuid.uuid4().hex[:12]}.json", asdict(event))
 
 
 def has_trained_on_gpus(run: RunDirectory) -> bool:
