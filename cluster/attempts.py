@@ -283,7 +283,8 @@ def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> Atte
     committed = newest.step if newest else 0
     kind = EndKind(end["outcome"]) if end is not None else EndKind.FAILED
     lost = lost if end is None else ""
-    return AttemptEnd(kind, start.start_step, committed, error, lost, _making_way(run, start.attempt))
+    early = end.get("reason", "") if end is not None else ""
+    return AttemptEnd(kind, start.start_step, committed, error, lost, _making_way(run, start.attempt), early)
 
 
 def _end_written(run: RunDirectory, attempt: str) -> Any:

@@ -36,6 +36,11 @@ class AttemptEnd:
     """what the launcher saw: signals and exit codes"""
     making_way: str = ""
     """why it was to end, where the run is to go on: a machine that will be taken away, room for more workers"""
+    ended_early: str = ""
+    """why the run is finished, where steps are left to do"""
+
+
+ALL_STEPS_DONE = "all steps are done"
 
 
 class Action(StrEnum):
@@ -150,7 +155,7 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
     """
     last = history[-1]
     if last.kind == EndKind.FINISHED:
-        return Decision(Action.FINISH, "all steps are done")
+        return Decision(Action.FINISH, last.ended_early or ALL_STEPS_DONE)
     stopped = _stopped_on_request(last.committed_step)
     if last.kind == EndKind.STOPPED:
         return stopped if stop_wanted or not last.making_way else Decision(Action.RETRY, last.making_way)

@@ -32,6 +32,9 @@ class ResumeSection(ConfigModel):
 
 class ExportSection(ConfigModel):
     at_end: bool = Field(False, description="Export the model when the last step is committed.")
+    best: bool = Field(
+        False, description="Of the checkpoint with the lowest evaluation loss at its own step, not of the newest."
+    )
     dtype: Literal["bf16", "fp32", "fp16"] | None = Field(None, description="Default: model.precision.")
     merge_lora: bool = Field(False, description="Also write base + adapter as one model.")
 
@@ -51,6 +54,20 @@ class Config(TrainerConfig):
     def _merge_needs_a_base(self) -> Config:
         if self.export.merge_lora and self.model.random_init:
             raise ValueError("export.merge_lora needs the base's weights, and model.random_init=true has none")
+        return self
+
+    @model_validator(mode="after")
+    def _what_needs_evaluations_has_some(self) -> Config:
+        if self.evaluation.patience is not None and not self.data.holds_out:
+            raise ValueError(
+                f"evaluation.patience={self.evaluation.patience} needs held-out records: give data.validation, "
+                "data.validation_fraction or data.split"
+            )
+        if self.export.best and not self.checkpoint.keep_best:
+            raise ValueError(
+                "export.best=true needs checkpoint.keep_best=1 or more: else the best checkpoint is removed once newer "
+                "ones are there"
+            )
         return self
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from data_shards.storage import Storage
 from launch.cli import config_from, config_parser, run_verb
 from launch.config import Config
 from launch.exit_codes import ExitCode
-from launch.places import check_trained_on, newest_checkpoint, open_run, recorded_settings
+from launch.places import check_trained_on, checkpoint_to_export, open_run, recorded_settings
 from trainer.base_location import locate_base
 from trainer.checkpoint import CheckpointRef
 from trainer.config import Method
@@ -53,8 +53,8 @@ def missing_exports(config: Config, ref: CheckpointRef) -> list[ExportKind]:
 def export_run(
     config: Config, base: Path, *, step: int | None = None, say: Callable[[str], None] = say
 ) -> dict[str, Storage]:
-    """Export a checkpoint, the newest by default. What its weights mean, it says itself: method, rank, alpha and the
-    changes to the base's config are those that it was trained with. What a killed export has finished is kept.
+    """Export a checkpoint, that of ``checkpoint_to_export``. What its weights mean, it says itself: method, rank, alpha
+    and the changes to the base's config are those that it was trained with. What a killed export has finished is kept.
 
     Returns:
         ``{"model": …}`` for a full-parameter run, ``{"adapter": …}`` and perhaps ``{"merged": …}`` for LoRA.
@@ -62,7 +62,7 @@ def export_run(
     Raises BadInput where there is no such checkpoint, or its export would mix it with another base.
     """
     run = open_run(config)
-    ref = newest_checkpoint(run, step)
+    ref = checkpoint_to_export(config, run, step)
     template = Path(config.data.chat_template).read_text(encoding="utf-8") if config.data.chat_template else None
     was = recorded_settings(config, ref)
     lora = was.training.lora
@@ -86,7 +86,7 @@ def export_run(
 
 def main(arguments: Sequence[str]) -> int:
     parser = config_parser("export")
-    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest")
+    parser.add_argument("--step", type=int, help="which checkpoint; default: the newest, or the best with export.best")
     options = parser.parse_args(arguments)
     config = config_from(options)
     export_run(config, locate_base(config.model), step=options.step)

@@ -137,9 +137,9 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
     """
     standing = settle(job, say)
     if standing.finished:
-        reason = "all steps are done"
-        say(f"the run is finished: step {standing.newest.step if standing.newest else 0} is its last; nothing to do")
-        write_result(job, standing.newest, Action.FINISH.value, reason)
+        step = standing.newest.step if standing.newest else 0
+        say(f"the run is finished at step {step}: {standing.finished}; nothing to do")
+        write_result(job, standing.newest, Action.FINISH.value, standing.finished)
         return Action.FINISH
     check_fits(job, standing)
     launcher.check_reach(job.spec("", standing.newest), say)

@@ -23,7 +23,7 @@ from launch.cli import config_from, config_parser, run_verb
 from launch.config import Config
 from launch.exit_codes import ExitCode
 from launch.export import export_run, find_export
-from launch.places import newest_checkpoint, open_run, recorded_settings
+from launch.places import checkpoint_to_export, open_run, recorded_settings
 from trainer.base_location import locate_base
 from trainer.config import Method
 from trainer.model import build_model
@@ -99,8 +99,8 @@ class Generator:
 
 
 def load_tuned(config: Config, base: Path) -> Any:
-    """The newest checkpoint as a transformers (or peft) model, exported first if it isn't yet."""
-    ref = newest_checkpoint(open_run(config))
+    """The checkpoint that an export would be of as a transformers (or peft) model, exported first if it isn't yet."""
+    ref = checkpoint_to_export(config, open_run(config))
     if find_export(config, ref) is None:
         export_run(config, base, step=ref.step, say=say)
     place = find_export(config, ref)

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.config import Launcher
+from cluster.failures import ALL_STEPS_DONE
 from data_shards.encoding.encoder import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
 from data_shards.order.mixture import MIXTURE_VERSION
@@ -20,12 +21,13 @@ from launch.cli import under_torchrun
 from launch.compatibility import allowed, differences, refused
 from launch.config import Config
 from launch.export import export_run, missing_exports
-from launch.places import at_commit, base_notes, newest_checkpoint, open_run_to_write
+from launch.places import at_commit, base_notes, checkpoint_to_export, open_run_to_write
 from trainer.base_identity import BaseIdentity, base_identity, refuse_other_base
 from trainer.base_location import locate_base
 from trainer.checkpoint import CheckpointRef, read_manifest
 from trainer.checkpoint_manifest import Progress
 from trainer.config import Method, WorkerSpec
+from trainer.early_stopping import ended_early
 from trainer.loop import lacks_last_evaluation
 from trainer.model import max_positions, model_config
 from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
@@ -178,7 +180,8 @@ class Standing:
     """How a run stands when the command is given."""
 
     newest: CheckpointRef | None
-    finished: bool
+    finished: str
+    """why nothing is left to do; empty: something is"""
     allowed_changes: tuple[str, ...]
 
 
@@ -196,7 +199,7 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
         _check_base(job, None)
         if record:
             write_json(job.run.storage, "run.json", now)
-        return Standing(None, finished=False, allowed_changes=())
+        return Standing(None, finished="", allowed_changes=())
     found = differences(recorded | {"config": with_defaults(recorded["config"])}, now)
     if stopped_by := refused(found, job.config.resume.allow):
         listing = "\n".join(f"  {difference}" for difference in stopped_by)
@@ -209,7 +212,7 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     for difference in found:
         say(f"changed on purpose (resume.allow): {difference}")
     newest = newest_usable(job.run, say)
-    finished = newest is not None and _ends(newest, job)
+    finished = _why_finished(newest, job) if newest is not None else ""
     if not finished:
         _check_base(job, newest)
     if newest is not None and not finished:
@@ -219,13 +222,16 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     return Standing(newest, finished, tuple(str(d) for d in found))
 
 
-def _ends(newest: CheckpointRef, job: Job) -> bool:
-    """Whether nothing is left to do: one of the fast tier has yet to become a durable one, and the last evaluation may
-    have been given up for a wish to stop."""
+def _why_finished(newest: CheckpointRef, job: Job) -> str:
+    """Empty where something is left to do: one of the fast tier has yet to become a durable one, and the last
+    evaluation may have been given up for a wish to stop."""
     progress, held_out = newest.manifest.progress, job.dataset.manifest.splits.get(VALIDATION)
-    if newest.manifest.fast or progress.rows_consumed < job.sampler.total_rows:
-        return False
-    return not lacks_last_evaluation(progress, held_out is not None and held_out.rows > 0)
+    if newest.manifest.fast:
+        return ""
+    if early := ended_early(progress, job.config.evaluation):
+        return early
+    lacks_some = lacks_last_evaluation(progress, held_out is not None and held_out.rows > 0)
+    return "" if lacks_some or progress.rows_consumed < job.sampler.total_rows else ALL_STEPS_DONE
 
 
 def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -253,7 +259,7 @@ def write_result(job: Job, ref: CheckpointRef | None, status: str, reason: str) 
 
 def export_if_asked(job: Job) -> None:
     """The export that ``export.at_end`` asks for, unless it is there already."""
-    if job.config.export.at_end and missing_exports(job.config, newest_checkpoint(job.run)):
+    if job.config.export.at_end and missing_exports(job.config, checkpoint_to_export(job.config, job.run)):
         export_run(job.config, job.base)
 
 

@@ -14,6 +14,7 @@ from trainer.base_identity import NOTES, base_identity
 from trainer.checkpoint import CheckpointRef
 from trainer.config import Method, ModelConfig, TrainingConfig
 from trainer.export import depends_on_base
+from trainer.retention import best_of
 from trainer.run_directory import RunDirectory
 from trainer.survey import durable_checkpoints
 
@@ -48,6 +49,20 @@ def newest_checkpoint(run: RunDirectory, step: int | None = None) -> CheckpointR
             f"{run.storage.uri}: no checkpoint of step {step if step is not None else 'any'}; there: {there}"
         )
     return chosen[-1]
+
+
+def checkpoint_to_export(config: Config, run: RunDirectory, step: int | None = None) -> CheckpointRef:
+    """That of ``step``; else, with ``export.best``, the one with the lowest evaluation loss at its own step; else the
+    newest. Raises BadInput where there is none."""
+    if step is not None or not config.export.best:
+        return newest_checkpoint(run, step)
+    best = best_of(durable_checkpoints(run))
+    if not best:
+        raise BadInput(
+            f"export.best: {run.storage.uri} has no checkpoint that was evaluated at its own step; let "
+            "evaluation.every_steps and checkpoint.every_steps meet, or export the newest (export.best=false)"
+        )
+    return best[0]
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,8 @@ def finetune_as_worker(config: Config, *, take_over: bool = False) -> int:
 def _begin(job: Job, lease: Lease) -> WorkerSpec | None:
     standing = settle(job, say)
     if standing.finished:
-        say("the run is finished; nothing to do")
-        write_result(job, standing.newest, "finished", "all steps are done")
+        say(f"the run is finished: {standing.finished}; nothing to do")
+        write_result(job, standing.newest, "finished", standing.finished)
         export_if_asked(job)
         return None
     parent, newest = tip_and_newest(job.run, lambda line: None)

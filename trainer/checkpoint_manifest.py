@@ -11,12 +11,13 @@ from data_shards.errors import CorruptFile
 from trainer.rank_file import RankFile
 
 KIND = "baton-checkpoint"
-VERSION = 4
+VERSION = 5
 """1 had no ``progress.eval_step``; 1 and 2 had the block hashes of rank files in the manifest."""
-_VERSION_OF_DURABLE = 3
-"""which had no ``files_at``: a manifest without it is as it was then, and older readers take it"""
-_LATER_FIELDS = ("skipped_steps", "skipped_in_a_row")
-"""Of ``progress``, which are left out where they are 0: so older readers take the manifest of a run that had none."""
+_VERSION_OF_FAST, _VERSION_OF_DURABLE = 4, 3
+"""3 had no ``files_at`` either, and neither had ``_LATER_FIELDS``: a manifest without them is as it was then, and older
+readers take it"""
+_LATER_FIELDS = ("skipped_steps", "skipped_in_a_row", "best_eval_loss", "best_eval_step", "evaluations_since_best")
+"""Of ``progress``, which are left out where there is none of them."""
 MANIFEST = "manifest.json"
 
 
@@ -35,6 +36,10 @@ class Progress:
     first_eval_loss: float | None = None
     eval_step: int | None = None
     """step of ``eval_loss``"""
+    best_eval_loss: float | None = None
+    """the lowest, by more than ``evaluation.min_improvement``"""
+    best_eval_step: int | None = None
+    evaluations_since_best: int = 0
     skipped_steps: int = 0
     """whose update was left out"""
     skipped_in_a_row: int = 0
@@ -92,10 +97,12 @@ class CheckpointManifest:
         payload = asdict(self) | {"files": [entry.to_json() for entry in self.files]}
         if not self.fast:
             del payload["files_at"]
-        for name in _LATER_FIELDS:
-            if not payload["progress"][name]:
+        version = VERSION
+        if not any(payload["progress"][name] for name in _LATER_FIELDS):
+            version = _VERSION_OF_FAST if self.fast else _VERSION_OF_DURABLE
+            for name in _LATER_FIELDS:
                 del payload["progress"][name]
-        return signed_json.encode(payload, KIND, VERSION if self.fast else _VERSION_OF_DURABLE)
+        return signed_json.encode(payload, KIND, version)
 
     @classmethod
     def from_bytes(cls, data: bytes, where: str) -> CheckpointManifest:
@@ -124,6 +131,8 @@ class CheckpointManifest:
             ("world_size", self.world_size, (int,)),
             ("step", self.progress.step, (int,)),
             ("eval_loss", self.progress.eval_loss, (float, int, type(None))),
+            ("best_eval_loss", self.progress.best_eval_loss, (float, int, type(None))),
+            ("evaluations_since_best", self.progress.evaluations_since_best, (int,)),
         ):
             if type(value) not in types:  # no bool, which is an int
                 raise TypeError(f"{name} is of type {type(value).__name__}")

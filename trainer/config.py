@@ -120,6 +120,16 @@ class EvaluationConfig(ConfigModel):
     at_start: bool = Field(False, description="Also evaluate before the first step.")
     every_steps: int | None = Field(None, ge=1, description="Steps between evaluations; always once at the end.")
     micro_batch: int = Field(4, ge=1, description="Packs per worker per forward while evaluating.")
+    patience: int | None = Field(
+        None, ge=1, description="Early stopping: end after so many evaluations in a row without a lower loss; null: no."
+    )
+    min_improvement: float = Field(0.0, ge=0, description="By how much a loss must be lower than the lowest to count.")
+
+    @model_validator(mode="after")
+    def _patience_needs_evaluations(self) -> EvaluationConfig:
+        if self.patience is not None and self.every_steps is None:
+            raise ValueError(f"patience={self.patience} needs every_steps: else the only evaluation is that of the end")
+        return self
 
 
 class WatchdogConfig(ConfigModel):

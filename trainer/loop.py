@@ -14,6 +14,7 @@ from data_shards.reading.shard_reader import SplitReader
 from trainer.checkpoint_manifest import Progress
 from trainer.checkpointing import Checkpointing
 from trainer.config import TrainerConfig
+from trainer.early_stopping import after_evaluation, ended_early
 from trainer.engine import ZeroEngine
 from trainer.evaluate import EvaluationGivenUp, evaluate
 from trainer.events import EventLog
@@ -71,26 +72,29 @@ class Loop:
 
     def run(self) -> Outcome:
         """Raises NonFiniteStep, StepInvariantBroken or SaveFailed; nothing committed is touched then."""
-        num_steps = self.sampler.num_steps
         stop = self._evaluation_is_missing() and not self._evaluate()
-        while self.progress.step < num_steps and not stop:
+        while not self._is_over() and not stop:
             standing = self._step().standing
             stop, step = standing.stop_requested, self.progress.step
             self.checkpointing.look_after(self.progress, standing)
-            if not stop and (self._is_due(self.config.evaluation.every_steps, step) or step == num_steps):
+            if not stop and (self._is_due(self.config.evaluation.every_steps, step) or step == self.sampler.num_steps):
                 stop = not self._evaluate()
-            if step < num_steps and not stop:
+            if not self._is_over() and not stop:
                 self._add({"checkpoint": self.checkpointing.save_if_due(self.progress, standing)})
         self.pulse.beat(Phase.ENDING)
         self.saved = not (stop and self._is_too_late_to_save())
         if self.saved:
             self._add({"checkpoint": self.checkpointing.save_at_end(self.progress)})
-        done = self.progress.step == num_steps and not lacks_last_evaluation(self.progress, self.validation is not None)
+        done = self._is_over() and not self._evaluation_is_missing()
         if not done or not self.saved:
             told = "progress is saved" if self.saved else "there was no time to save it"
             self.log.say(f"stopped on request after step {self.progress.step}; {told}")
             return Outcome.STOPPED
         return Outcome.FINISHED
+
+    def _is_over(self) -> bool:
+        """Whether no step is left to do."""
+        return self.progress.step == self.sampler.num_steps or bool(ended_early(self.progress, self.config.evaluation))
 
     def _is_too_late_to_save(self) -> bool:
         """Whether the workers will be gone before as much time as the last save took. Collective."""
@@ -167,13 +171,7 @@ class Loop:
             self.log.say(f"the evaluation of step {self.progress.step} was given up")
             return False
         self._add({"evaluation": timer.stop()})
-        first = self.progress.first_eval_loss
-        self.progress = replace(
-            self.progress,
-            eval_loss=result.loss,
-            first_eval_loss=result.loss if first is None else first,
-            eval_step=self.progress.step,
-        )
+        self.progress = after_evaluation(self.progress, result.loss, wanted)
         self.log.evaluation(self.progress.step, result)
         self.reporter.evaluated(self.progress)
         return True

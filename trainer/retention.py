@@ -37,11 +37,15 @@ def kept(usable: Sequence[CheckpointRef], config: CheckpointConfig, sparing: Spa
     if config.keep_every is not None:
         firsts = {ref.step // config.keep_every: ref.name for ref in reversed(durable)}
         stay |= {name for multiple, name in firsts.items() if multiple > 0}
-    scored = [ref for ref in durable if ref.manifest.progress.evaluated_here]
-    best = sorted(scored, key=lambda ref: (ref.manifest.progress.eval_loss, -ref.step))
-    stay |= {ref.name for ref in best[: config.keep_best]}
+    stay |= {ref.name for ref in best_of(durable)[: config.keep_best]}
     fast = usable[usable.index(durable[-1]) + 1 :] if durable else list(usable)
     return stay | {ref.name for ref in fast[-(config.fast.keep_last if config.fast else 1) :]}
+
+
+def best_of(durable: Sequence[CheckpointRef]) -> list[CheckpointRef]:
+    """Those whose evaluation loss is that of their own step, the lowest first (pure)."""
+    scored = [ref for ref in durable if ref.manifest.progress.evaluated_here]
+    return sorted(scored, key=lambda ref: (ref.manifest.progress.eval_loss, -ref.step))
 
 
 def prune(

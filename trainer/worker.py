@@ -28,6 +28,7 @@ from trainer.config import (
 )
 from trainer.deepspeed_config import deepspeed_config
 from trainer.deterministic import make_deterministic
+from trainer.early_stopping import ended_early
 from trainer.engine import ZeroEngine, build_optimizer
 from trainer.evaluation_worker import evaluate_model
 from trainer.events import EventKind, EventLog
@@ -97,7 +98,10 @@ def _record_end(attempt: Storage, loop: Loop, outcome: Outcome, events: EventLog
     step = loop.progress.step
     if outcome == Outcome.STOPPED:
         events.record(EventKind.SAVED if loop.saved else EventKind.SAVE_SKIPPED, f"step {step}", step=step)
-    write_json(attempt, "end.json", {"outcome": outcome.value, "at": utc_now(), "progress": asdict(loop.progress)})
+    end = {"outcome": outcome.value, "at": utc_now(), "progress": asdict(loop.progress)}
+    if outcome == Outcome.FINISHED:
+        end["reason"] = ended_early(loop.progress, loop.config.evaluation)
+    write_json(attempt, "end.json", end)
 
 
 def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:

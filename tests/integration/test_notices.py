@@ -79,7 +79,7 @@ def test_the_last_evaluation_is_made_up_too(workshop: Workshop, slow: Path) -> N
     said = carried_on(config)
     assert "resuming from step 5" in said and "finished: all steps are done" in said
     assert files.result["status"] == "finished" and files.result["eval_step"] == 5
-    assert "the run is finished: step 5 is its last; nothing to do" in carried_on(config)
+    assert "the run is finished at step 5: all steps are done; nothing to do" in carried_on(config)
 
 
 def test_an_evaluation_is_left_and_made_up(workshop: Workshop, slow: Path) -> None:

@@ -1,6 +1,7 @@
 """Checkpoints as released formats wrote them, kept in ``tests/golden/``; every later Baton must read them.
 
-``python -m tests.support.golden FOLDER`` writes one in today's format. Never write over one that is there.
+``python -m tests.support.golden FOLDER VERSION`` writes one, of a version that is still written. Never write over one
+that is there.
 """
 
 from __future__ import annotations
@@ -36,6 +37,11 @@ PROGRESS = Progress(
     eval_step=40,
 )
 
+LATER_PROGRESS = replace(
+    PROGRESS, skipped_steps=3, skipped_in_a_row=1, best_eval_loss=1.25, best_eval_step=20, evaluations_since_best=2
+)
+"""with what version 5 added"""
+
 FILES_AT = "/mnt/nvme/baton/golden-01234567"
 
 
@@ -62,15 +68,17 @@ def golden_manifest() -> CheckpointManifest:
     )
 
 
-def write_golden(checkpoints: Storage, *, fast: bool = False) -> str:
-    """Returns the checkpoint's name. One of the fast tier has its files beside the manifest, where they are brought."""
+def write_golden(checkpoints: Storage, version: int) -> str:
+    """Returns the checkpoint's name. One of the fast tier (4) has its files beside the manifest, where they are
+    brought."""
 
     def values(parameter: ParameterEntry, part: str, start: int, stop: int) -> torch.Tensor:
         return golden_values(parameter, part)[start:stop]
 
-    manifest = replace(golden_manifest(), files_at=FILES_AT if fast else None)
+    progress = LATER_PROGRESS if version == 5 else PROGRESS
+    manifest = replace(golden_manifest(), progress=progress, files_at=FILES_AT if version == 4 else None)
     return write_checkpoint(checkpoints, manifest, values).name
 
 
 if __name__ == "__main__":
-    print(write_golden(Storage.at(Path(sys.argv[1]).resolve()), fast=sys.argv[2:] == ["fast"]))
+    print(write_golden(Storage.at(Path(sys.argv[1]).resolve()), int(sys.argv[2])))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_shards import signed_json
-from data_shards.errors import BatonError
+from data_shards.errors import BatonError, CorruptFile
 from data_shards.storage import Storage
 from launch import checkpoints
 from tests.support.checkpoints import random_values, write_checkpoint
@@ -73,14 +73,17 @@ def test_names_tell_the_tier() -> None:
     assert not is_fast(directory_name(12, "0a1b"))
 
 
-def test_readers_of_version_3_take_durable_ones_and_refuse_fast_ones() -> None:
+def test_older_readers_take_what_they_know_and_refuse_the_rest() -> None:
     durable = replace(DRAFT, world_size=0)
     fast = replace(durable, files_at=AT)
-    signed_json.decode(durable.to_bytes(), KIND, 3, "here")
-    assert CheckpointManifest.from_bytes(durable.to_bytes(), "here") == durable
-    assert CheckpointManifest.from_bytes(fast.to_bytes(), "here") == fast and fast.fast
-    with pytest.raises(Exception, match=f"format version {VERSION}, this Baton reads up to 3"):
-        signed_json.decode(fast.to_bytes(), KIND, 3, "here")
+    evaluated = replace(durable, progress=replace(DRAFT.progress, best_eval_loss=1.0, best_eval_step=0))
+    assert fast.fast and not durable.fast
+    for manifest, version in ((durable, 3), (fast, 4), (evaluated, VERSION)):
+        written = manifest.to_bytes()
+        signed_json.decode(written, KIND, version, "here")
+        assert CheckpointManifest.from_bytes(written, "here") == manifest
+        with pytest.raises(CorruptFile, match=f"format version {version}, this Baton reads up to {version - 1}"):
+            signed_json.decode(written, KIND, version - 1, "here")
 
 
 def test_the_newest_of_either_and_of_one_step_the_durable_one(tmp_path: Path) -> None:
