@@ -7,6 +7,7 @@ does with CUDA while it is imported would not survive a fork.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
@@ -164,6 +165,8 @@ def run_rank(spec: Mapping[str, object], environment: Mapping[str, str], metrics
     import torch
 
     from trainer.worker import run_worker
+
+    gc.freeze()  # DeepSpeed collects garbage on its way; of all that was imported none ever is
 
     if threads := environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))  # OpenMP was loaded before it could be told

@@ -63,10 +63,10 @@ class Config(TrainerConfig):
                 f"evaluation.patience={self.evaluation.patience} needs held-out records: give data.validation, "
                 "data.validation_fraction or data.split"
             )
-        if self.export.best and not self.checkpoint.keep_best:
+        if self.export.best and not (self.checkpoint.keep_best and self.data.holds_out):
             raise ValueError(
-                "export.best=true needs checkpoint.keep_best=1 or more: else the best checkpoint is removed once newer "
-                "ones are there"
+                "export.best=true needs checkpoint.keep_best=1 or more, as the best checkpoint is removed otherwise, "
+                "and held-out records (data.validation, data.validation_fraction or data.split)"
             )
         return self
 

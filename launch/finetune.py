@@ -19,7 +19,7 @@ from data_shards.errors import BadInput, BatonError
 from launch.cli import config_from, config_parser, finished, run_verb, under_torchrun
 from launch.config import Config, to_yaml
 from launch.exit_codes import ExitCode
-from launch.job import Job, Standing, export_if_asked, make_job, settle, write_result
+from launch.job import Job, Standing, export_if_asked, make_job, settle, tell_finished, write_result
 from launch.places import open_run, open_run_to_write
 from launch.plan import find_problem, report_of
 from launch.plan_inputs import Target, find_target, plan_of_prepared
@@ -74,7 +74,12 @@ def check_fits(job: Job, standing: Standing) -> None:
     Nothing is said where it is not known here what the workers' machines have."""
     try:
         target = find_target(job.config)
-        problem = None if target.assumed else make_plan(job, target)[1]
+    except BadInput:
+        return
+    if target.assumed:
+        return
+    try:
+        _, problem = make_plan(job, target)
     except BadInput as error:  # of a model, say, that is not described like Llama: it can be trained all the same
         say(f"whether the run fits is not known: {error}")
         return
@@ -136,10 +141,8 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
     Raises RunHeld where another launcher takes it over.
     """
     standing = settle(job, say)
-    if standing.finished:
-        step = standing.newest.step if standing.newest else 0
-        say(f"the run is finished at step {step}: {standing.finished}; nothing to do")
-        write_result(job, standing.newest, Action.FINISH.value, standing.finished)
+    if standing.why_finished:
+        tell_finished(job, standing, say)
         return Action.FINISH
     check_fits(job, standing)
     launcher.check_reach(job.spec("", standing.newest), say)

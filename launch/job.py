@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.config import Launcher
-from cluster.failures import ALL_STEPS_DONE
+from cluster.failures import ALL_STEPS_DONE, Action
 from data_shards.encoding.encoder import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
 from data_shards.order.mixture import MIXTURE_VERSION
@@ -27,8 +27,7 @@ from trainer.base_location import locate_base
 from trainer.checkpoint import CheckpointRef, read_manifest
 from trainer.checkpoint_manifest import Progress
 from trainer.config import Method, WorkerSpec
-from trainer.early_stopping import ended_early
-from trainer.loop import lacks_last_evaluation
+from trainer.evaluations import ended_early, is_missing
 from trainer.model import max_positions, model_config
 from trainer.run_directory import RunDirectory, Say, read_json, utc_now, write_json
 from trainer.survey import durable_checkpoints, newest_usable
@@ -156,12 +155,22 @@ def datasets_root(config: Config) -> Storage:
     return Storage.at(prepared) if prepared else Storage.at(config.run.storage).child("datasets")
 
 
+def has_validation(dataset: Prepared) -> bool:
+    held_out = dataset.manifest.splits.get(VALIDATION)
+    return held_out is not None and held_out.rows > 0
+
+
 def make_job(config: Config, say: Say) -> Job:
     """Check the storage, find the base, prepare the data. Raises BadInput for whatever is wrong with them."""
     run = open_run_to_write(config)
     init_from = _init_from(config, run)
     base = locate_base(config.model)
     dataset = prepare_data(config, base, say)
+    if config.evaluation.patience is not None and not has_validation(dataset):
+        raise BadInput(
+            f"evaluation.patience={config.evaluation.patience}: the validation split has no rows, so there is "
+            "nothing to evaluate; hold out more records (data.validation, data.validation_fraction, data.split)"
+        )
     return Job(config, run, base, base_identity(config.model, base, base_notes(config)), dataset, init_from)
 
 
@@ -180,8 +189,8 @@ class Standing:
     """How a run stands when the command is given."""
 
     newest: CheckpointRef | None
-    finished: str
-    """why nothing is left to do; empty: something is"""
+    why_finished: str
+    """empty: something is left to do"""
     allowed_changes: tuple[str, ...]
 
 
@@ -199,7 +208,7 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
         _check_base(job, None)
         if record:
             write_json(job.run.storage, "run.json", now)
-        return Standing(None, finished="", allowed_changes=())
+        return Standing(None, why_finished="", allowed_changes=())
     found = differences(recorded | {"config": with_defaults(recorded["config"])}, now)
     if stopped_by := refused(found, job.config.resume.allow):
         listing = "\n".join(f"  {difference}" for difference in stopped_by)
@@ -212,7 +221,7 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     for difference in found:
         say(f"changed on purpose (resume.allow): {difference}")
     newest = newest_usable(job.run, say)
-    finished = _why_finished(newest, job) if newest is not None else ""
+    finished = why_finished(newest, job) if newest is not None else ""
     if not finished:
         _check_base(job, newest)
     if newest is not None and not finished:
@@ -222,16 +231,13 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     return Standing(newest, finished, tuple(str(d) for d in found))
 
 
-def _why_finished(newest: CheckpointRef, job: Job) -> str:
+def why_finished(newest: CheckpointRef, job: Job) -> str:
     """Empty where something is left to do: one of the fast tier has yet to become a durable one, and the last
     evaluation may have been given up for a wish to stop."""
-    progress, held_out = newest.manifest.progress, job.dataset.manifest.splits.get(VALIDATION)
-    if newest.manifest.fast:
+    progress, evaluation, num_steps = newest.manifest.progress, job.config.evaluation, job.sampler.num_steps
+    if newest.manifest.fast or (has_validation(job.dataset) and is_missing(progress, evaluation, num_steps)):
         return ""
-    if early := ended_early(progress, job.config.evaluation):
-        return early
-    lacks_some = lacks_last_evaluation(progress, held_out is not None and held_out.rows > 0)
-    return "" if lacks_some or progress.rows_consumed < job.sampler.total_rows else ALL_STEPS_DONE
+    return ended_early(progress, evaluation, num_steps) or (ALL_STEPS_DONE if progress.step >= num_steps else "")
 
 
 def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
@@ -255,6 +261,13 @@ def write_result(job: Job, ref: CheckpointRef | None, status: str, reason: str) 
         "written": utc_now(),
     }
     write_json(job.run.storage, "result.json", result)
+
+
+def tell_finished(job: Job, standing: Standing, say: Say) -> None:
+    """That the run has nothing left to do."""
+    step = standing.newest.step if standing.newest else 0
+    say(f"the run is finished at step {step}: {standing.why_finished}; nothing to do")
+    write_result(job, standing.newest, Action.FINISH.value, standing.why_finished)
 
 
 def export_if_asked(job: Job) -> None:

@@ -14,6 +14,7 @@ from trainer.base_identity import NOTES, base_identity
 from trainer.checkpoint import CheckpointRef
 from trainer.config import Method, ModelConfig, TrainingConfig
 from trainer.export import depends_on_base
+from trainer.progress_log import say
 from trainer.retention import best_of
 from trainer.run_directory import RunDirectory
 from trainer.survey import durable_checkpoints
@@ -56,11 +57,20 @@ def checkpoint_to_export(config: Config, run: RunDirectory, step: int | None = N
     newest. Raises BadInput where there is none."""
     if step is not None or not config.export.best:
         return newest_checkpoint(run, step)
-    best = best_of(durable_checkpoints(run))
+    kept = durable_checkpoints(run)
+    best = best_of(kept)
     if not best:
         raise BadInput(
             f"export.best: {run.storage.uri} has no checkpoint that was evaluated at its own step; let "
             "evaluation.every_steps and checkpoint.every_steps meet, or export the newest (export.best=false)"
+        )
+    found = best[0].manifest.progress.eval_loss
+    lowest = kept[-1].manifest.progress
+    if lowest.best_eval_loss is not None and found is not None and lowest.best_eval_loss < found:
+        say(
+            f"export.best: the lowest evaluation loss, {lowest.best_eval_loss:.4f}, was that of step "
+            f"{lowest.best_eval_step}, of which there is no checkpoint; step {best[0].step} has the lowest of those "
+            f"that were kept, {found:.4f}"
         )
     return best[0]
 

@@ -13,7 +13,7 @@ from launch import finetune
 from launch.cli import run_verb
 from launch.config import Config, load_config, resolve_paths
 from launch.generate import Generator, Prompt, load_tuned, prompts_from_records
-from launch.places import newest_checkpoint, open_run
+from launch.places import checkpoint_to_export, open_run
 from launch.quickstart_inputs import make_inputs
 from trainer.model import build_model
 
@@ -37,15 +37,15 @@ def show(config: Config) -> None:
     }
     for i, prompt in enumerate(prompts[:3]):
         print(f"\norder     {prompt.text}\nbefore    {answers['before'][i][:90]!r}\nafter     {answers['after'][i]}")
-    progress = newest_checkpoint(open_run(config)).manifest.progress
+    tuned = checkpoint_to_export(config, open_run(config))
+    progress = tuned.manifest.progress
     print(f"\nheld-out loss       before {progress.first_eval_loss:.3f}   after {progress.eval_loss:.3f}")
     before, after = (
         sum(answer == prompt.expected for answer, prompt in zip(given, prompts, strict=True)) / len(prompts)
         for given in answers.values()
     )
     print(f"held-out accuracy   before {before:.0%}     after {after:.0%}   (exact JSON, {len(prompts)} orders)")
-    step = newest_checkpoint(open_run(config)).step
-    print(f"exported model      {config.run.storage}/{config.run.name}/export/step-{step:08d}/model")
+    print(f"exported model      {config.run.storage}/{config.run.name}/export/step-{tuned.step:08d}/model")
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ from cluster.lease import Lease, holding
 from data_shards.errors import BadInput, BatonError
 from launch.config import Config
 from launch.exit_codes import ExitCode
-from launch.job import Job, export_if_asked, make_job, settle, write_result
+from launch.job import Job, export_if_asked, make_job, settle, tell_finished, why_finished, write_result
 from launch.places import newest_checkpoint, open_run_to_write
 from trainer.config import WorkerSpec
 from trainer.errors import RunHeld
@@ -74,7 +74,8 @@ def finetune_as_worker(config: Config, *, take_over: bool = False) -> int:
         outcome = run_worker(spec)
         for job, lease in zip(jobs, leases, strict=True):
             lease.check()
-            write_result(job, newest_checkpoint(job.run), outcome.value, "torchrun's workers ended")
+            newest = newest_checkpoint(job.run)
+            write_result(job, newest, outcome.value, why_finished(newest, job) or "torchrun's workers ended")
             if outcome == Outcome.FINISHED:
                 export_if_asked(job)
     return ExitCode.DONE if outcome == Outcome.FINISHED else ExitCode.STOPPED
@@ -82,9 +83,8 @@ def finetune_as_worker(config: Config, *, take_over: bool = False) -> int:
 
 def _begin(job: Job, lease: Lease) -> WorkerSpec | None:
     standing = settle(job, say)
-    if standing.finished:
-        say(f"the run is finished: {standing.finished}; nothing to do")
-        write_result(job, standing.newest, "finished", standing.finished)
+    if standing.why_finished:
+        tell_finished(job, standing, say)
         export_if_asked(job)
         return None
     parent, newest = tip_and_newest(job.run, lambda line: None)

@@ -16,7 +16,14 @@ VERSION = 5
 _VERSION_OF_FAST, _VERSION_OF_DURABLE = 4, 3
 """3 had no ``files_at`` either, and neither had ``_LATER_FIELDS``: a manifest without them is as it was then, and older
 readers take it"""
-_LATER_FIELDS = ("skipped_steps", "skipped_in_a_row", "best_eval_loss", "best_eval_step", "evaluations_since_best")
+_LATER_FIELDS = (
+    "skipped_steps",
+    "skipped_in_a_row",
+    "best_eval_loss",
+    "best_eval_step",
+    "improved_eval_loss",
+    "evaluations_without_improvement",
+)
 """Of ``progress``, which are left out where there is none of them."""
 MANIFEST = "manifest.json"
 
@@ -37,9 +44,13 @@ class Progress:
     eval_step: int | None = None
     """step of ``eval_loss``"""
     best_eval_loss: float | None = None
-    """the lowest, by more than ``evaluation.min_improvement``"""
+    """the lowest"""
     best_eval_step: int | None = None
-    evaluations_since_best: int = 0
+    """its step; None also where a release that did not note it found it"""
+    improved_eval_loss: float | None = None
+    """the last that was lower than the one before it here by more than ``evaluation.min_improvement``"""
+    evaluations_without_improvement: int = 0
+    """the last ones"""
     skipped_steps: int = 0
     """whose update was left out"""
     skipped_in_a_row: int = 0
@@ -132,7 +143,8 @@ class CheckpointManifest:
             ("step", self.progress.step, (int,)),
             ("eval_loss", self.progress.eval_loss, (float, int, type(None))),
             ("best_eval_loss", self.progress.best_eval_loss, (float, int, type(None))),
-            ("evaluations_since_best", self.progress.evaluations_since_best, (int,)),
+            ("improved_eval_loss", self.progress.improved_eval_loss, (float, int, type(None))),
+            ("evaluations_without_improvement", self.progress.evaluations_without_improvement, (int,)),
         ):
             if type(value) not in types:  # no bool, which is an int
                 raise TypeError(f"{name} is of type {type(value).__name__}")

@@ -14,9 +14,9 @@ from data_shards.reading.shard_reader import SplitReader
 from trainer.checkpoint_manifest import Progress
 from trainer.checkpointing import Checkpointing
 from trainer.config import TrainerConfig
-from trainer.early_stopping import after_evaluation, ended_early
 from trainer.engine import ZeroEngine
 from trainer.evaluate import EvaluationGivenUp, evaluate
+from trainer.evaluations import after_evaluation, is_due, is_missing, is_over
 from trainer.events import EventLog
 from trainer.metrics import Reporter, StepFigures
 from trainer.nonfinite import after_step
@@ -77,7 +77,7 @@ class Loop:
             standing = self._step().standing
             stop, step = standing.stop_requested, self.progress.step
             self.checkpointing.look_after(self.progress, standing)
-            if not stop and (self._is_due(self.config.evaluation.every_steps, step) or step == self.sampler.num_steps):
+            if not stop and is_due(self.config.evaluation, step, self.sampler.num_steps):
                 stop = not self._evaluate()
             if not self._is_over() and not stop:
                 self._add({"checkpoint": self.checkpointing.save_if_due(self.progress, standing)})
@@ -93,8 +93,7 @@ class Loop:
         return Outcome.FINISHED
 
     def _is_over(self) -> bool:
-        """Whether no step is left to do."""
-        return self.progress.step == self.sampler.num_steps or bool(ended_early(self.progress, self.config.evaluation))
+        return is_over(self.progress, self.config.evaluation, self.sampler.num_steps)
 
     def _is_too_late_to_save(self) -> bool:
         """Whether the workers will be gone before as much time as the last save took. Collective."""
@@ -102,17 +101,9 @@ class Loop:
         return self.checkpointing.saver.anywhere(self.stop.requested and self.stop.seconds_left < needed)
 
     def _evaluation_is_missing(self) -> bool:
-        """One that is due at the start, or that the attempt before was stopped in."""
-        step, config = self.progress.step, self.config.evaluation
-        if step == 0:
-            return config.at_start
-        if step == self.sampler.num_steps:
-            return lacks_last_evaluation(self.progress, self.validation is not None)
-        return self._is_due(config.every_steps, step) and self.progress.eval_step != step
-
-    @staticmethod
-    def _is_due(every: int | None, step: int) -> bool:
-        return every is not None and step % every == 0
+        if self.validation is None:
+            return False
+        return is_missing(self.progress, self.config.evaluation, self.sampler.num_steps)
 
     def _step(self) -> StepResult:
         """One optimizer step."""
@@ -179,12 +170,6 @@ class Loop:
     def _add(self, seconds: Mapping[str, float]) -> None:
         """To the run's wall seconds, by kind."""
         self.progress = replace(self.progress, seconds=added(self.progress.seconds, seconds))
-
-
-def lacks_last_evaluation(progress: Progress, has_validation: bool) -> bool:
-    """Whether what a run ends with, after its last step, was given up for a wish to stop (pure)."""
-    unknown = progress.eval_step is None and progress.eval_loss is not None  # of a release that did not note the step
-    return has_validation and not progress.evaluated_here and not unknown
 
 
 def added(seconds: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:

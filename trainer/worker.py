@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,17 +21,18 @@ from trainer.checkpoint import CheckpointRef
 from trainer.checkpoint_manifest import Progress
 from trainer.checkpointing import Checkpointing
 from trainer.config import (
+    EvaluationConfig,
     TrainerConfig,
     TrainingConfig,
     WorkerSpec,
 )
 from trainer.deepspeed_config import deepspeed_config
 from trainer.deterministic import make_deterministic
-from trainer.early_stopping import ended_early
 from trainer.engine import ZeroEngine, build_optimizer
 from trainer.evaluation_worker import evaluate_model
+from trainer.evaluations import ended_early, is_missing
 from trainer.events import EventKind, EventLog
-from trainer.loop import Loop, Outcome, lacks_last_evaluation
+from trainer.loop import Loop, Outcome
 from trainer.metrics import MetricsSink, NoMetrics, Reporter
 from trainer.model import model_to_train
 from trainer.out_of_memory import named
@@ -83,15 +83,14 @@ def _open_data(spec: WorkerSpec) -> _Data:
     return _Data(source, SplitReader(dataset, manifest, VALIDATION) if held_out and held_out.rows else None, sampler)
 
 
-def _saved_step(resumed: CheckpointRef | None, data: _Data) -> int | None:
-    """The step that need not be saved durably again; None: there is none. At the last step nothing but an evaluation
-    can be missing, and then that is what has to be saved."""
+def _saved_step(resumed: CheckpointRef | None, data: _Data, config: EvaluationConfig) -> int | None:
+    """The step that need not be saved durably again; None: there is none. An evaluation that is made up may be all that
+    is left to do, and then that has to be saved."""
     if resumed is None:
         return 0
     progress = resumed.manifest.progress
-    at_the_end = progress.step == data.sampler.num_steps
-    lacks_something = at_the_end and lacks_last_evaluation(progress, data.validation is not None)
-    return None if resumed.manifest.fast or lacks_something else progress.step
+    lacks_evaluation = data.validation is not None and is_missing(progress, config, data.sampler.num_steps)
+    return None if resumed.manifest.fast or lacks_evaluation else progress.step
 
 
 def _record_end(attempt: Storage, loop: Loop, outcome: Outcome, events: EventLog) -> None:
@@ -100,7 +99,7 @@ def _record_end(attempt: Storage, loop: Loop, outcome: Outcome, events: EventLog
         events.record(EventKind.SAVED if loop.saved else EventKind.SAVE_SKIPPED, f"step {step}", step=step)
     end = {"outcome": outcome.value, "at": utc_now(), "progress": asdict(loop.progress)}
     if outcome == Outcome.FINISHED:
-        end["reason"] = ended_early(loop.progress, loop.config.evaluation)
+        end["reason"] = ended_early(loop.progress, loop.config.evaluation, loop.sampler.num_steps)
     write_json(attempt, "end.json", end)
 
 
@@ -131,7 +130,7 @@ def train(spec: WorkerSpec, metrics: MetricsSink, pulse: Pulse) -> Outcome:
     reporter.began(resumed.manifest if resumed and not resumed.manifest.fast else None)
     events = EventLog(run, spec.attempt, engine.rank)
     room = watched_room(run, spec.attempt, config, engine, saver, log) if engine.rank == 0 else EndlessRoom()
-    cadence, saved_step = cadence_of(config.checkpoint, fast), _saved_step(resumed, data)
+    cadence, saved_step = cadence_of(config.checkpoint, fast), _saved_step(resumed, data, config.evaluation)
     checkpointing = Checkpointing(saver, room, cadence, saved_step, partial(draft, spec), log, reporter)
     loop = Loop(
         engine,
@@ -168,7 +167,6 @@ def run_worker(spec: WorkerSpec, metrics: MetricsSink | None = None) -> Outcome:
     rank = int(os.environ.get("RANK", "0"))
     say(f"worker rank {rank} of {os.environ.get('WORLD_SIZE', '1')}: pid {os.getpid()}")
     kills_before = oom_kills.count()
-    gc.freeze()  # DeepSpeed collects garbage on its way; of all that was imported none ever is
     run, pulse = RunDirectory.at(spec.run_uri), Pulse()
     config = spec.trainer
     watch = open_watch(

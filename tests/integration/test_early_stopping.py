@@ -1,42 +1,62 @@
-"""A run that stops early is finished, and its count comes back with a checkpoint."""
+"""A run that stops early is finished; what it needs for that comes back with a checkpoint."""
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
-
-import pytest
 
 from launch import finetune
 from tests.integration.conftest import Workshop
-from tests.support.command import RunFiles, run_here, write_config
+from tests.support.command import Command, RunFiles, run_here, write_config
 
 
-@pytest.fixture(scope="module")
-def config(workshop: Workshop) -> Path:
+def early_run(workshop: Workshop, name: str, steps: int) -> tuple[Path, RunFiles]:
     """No loss is low enough to beat the first evaluation's, that of step 2."""
     values = workshop.values | {
         "evaluation": {"every_steps": 2, "patience": 3, "min_improvement": 100},
         "checkpoint": {"every_steps": 2, "keep_last": 1, "keep_best": 1},
+        "training": workshop.values["training"] | {"steps": steps},
     }
-    values["training"] = workshop.values["training"] | {"steps": 12}
-    return write_config(workshop.data, values, "early")
+    return write_config(workshop.data, values, name), RunFiles(workshop.data / "runs" / name)
 
 
-def test_the_count_comes_back_with_the_checkpoint(workshop: Workshop, config: Path) -> None:
-    files = RunFiles(workshop.data / "runs" / "early")
-    first = run_here(finetune.main, "--config", str(config), "evaluation.patience=1")
-    told = "stopped early: step 2 had the lowest evaluation loss"
-    assert first.code == 0 and f"finished: {told}" in first.output
+def given(config: Path, *overrides: str) -> str:
+    done = run_here(finetune.main, "--config", str(config), *overrides)
+    assert done.code == 0, done.output
+    return done.output
+
+
+def test_the_count_comes_back_with_the_checkpoint(workshop: Workshop) -> None:
+    config, files = early_run(workshop, "early", steps=12)
+    told = "stopped early: 1 evaluation in a row not below"
+    assert f"finished: {told}" in given(config, "evaluation.patience=1")
     assert (files.result["status"], files.result["step"], files.result["num_steps"]) == ("finished", 4, 12)
-    again = run_here(finetune.main, "--config", str(config), "evaluation.patience=1")
-    assert again.code == 0 and f"the run is finished at step 4: {told}" in again.output
+    assert f"the run is finished at step 4: {told}" in given(config, "evaluation.patience=1")
     assert files.result["attempts"] == 1 and told in files.result["reason"]
 
-    longer = run_here(finetune.main, "--config", str(config))
-    assert longer.code == 0 and "resuming from step 4" in longer.output, "a higher patience lets it go on"
-    result = files.result
-    assert (result["step"], result["best_eval_step"], result["evaluations_since_best"]) == (8, 2, 3)
-    assert "none lower" in result["reason"] and max(files.steps()) == 8
+    assert "resuming from step 4" in given(config), "a higher patience lets it go on"
+    assert (files.result["step"], files.result["evaluations_without_improvement"], max(files.steps())) == (8, 3, 8)
 
-    without = run_here(finetune.main, "--config", str(config), "evaluation.patience=null")
-    assert without.code == 0 and files.result["step"] == 12 and files.result["reason"] == "all steps are done"
+    given(config, "evaluation.patience=null")
+    assert files.result["step"] == 12 and files.result["reason"] == "all steps are done"
+
+
+def test_an_evaluation_that_is_made_up_may_end_the_run(workshop: Workshop) -> None:
+    """It is saved, though no step was done; else the run would never be known to be finished. So is that of a run that
+    is beyond what is now its last step."""
+    for name, overrides, reason in (
+        ("made-up", ["evaluation.patience=1", "evaluation.every_steps={step}"], "stopped early"),
+        ("beyond", ["evaluation.patience=null", "training.steps=2"], "all steps are done"),
+    ):
+        config, files = early_run(workshop, name, steps=500)
+        command = Command("finetune", "--config", str(config), "evaluation.patience=400")
+        command.wait_for(r"evaluation after step 2[\s\S]*step 3/500 ")
+        command.process.send_signal(signal.SIGTERM)
+        assert command.finish() == 75, command.output
+        step = files.result["step"]
+        assert files.result["eval_step"] < step, "it is not evaluated where it was stopped"
+        overrides = [override.format(step=step) for override in overrides]
+        assert f"resuming from step {step}" in given(config, *overrides)
+        assert (files.result["status"], files.result["step"], files.result["eval_step"]) == ("finished", step, step)
+        assert reason in files.result["reason"]
+        assert f"the run is finished at step {step}: {reason}" in given(config, *overrides)

@@ -11,7 +11,7 @@ from launch.exit_codes import ExitCode
 _PROBE = re.compile(r"\.probe-")
 """Whether a new run's storage, and its nodes' own disks, can be written at all."""
 _FOR_PEOPLE = re.compile(r"(?!read).* .*/(decision|quarantine|events/[^/]*)\.json$")
-"""What is told where it can be: no decision hangs on it."""
+"""What is told where it can be: the run goes on without it."""
 _READ = re.compile(r"read ")
 """What fails once is read again."""
 _DURABLE_SAVE = re.compile(

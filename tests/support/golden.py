@@ -38,7 +38,13 @@ PROGRESS = Progress(
 )
 
 LATER_PROGRESS = replace(
-    PROGRESS, skipped_steps=3, skipped_in_a_row=1, best_eval_loss=1.25, best_eval_step=20, evaluations_since_best=2
+    PROGRESS,
+    skipped_steps=3,
+    skipped_in_a_row=1,
+    best_eval_loss=1.25,
+    best_eval_step=20,
+    improved_eval_loss=1.375,
+    evaluations_without_improvement=2,
 )
 """with what version 5 added"""
 

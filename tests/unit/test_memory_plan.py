@@ -294,25 +294,43 @@ def test_missing_data_leaves_the_rest_of_the_plan(small_run: str, capsys: pytest
 JOB: Any = SimpleNamespace(config=None)
 
 
-@pytest.mark.parametrize(("assumed", "trained", "said"), [(False, True, "does not fit"), (True, False, "")])
-def test_finetune_refuses_only_a_new_run_that_surely_does_not_fit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], assumed: bool, trained: bool, said: str
-) -> None:
+def check_fits(monkeypatch: pytest.MonkeyPatch, *, assumed: bool, trained: bool, plan: Any) -> None:
+    """With a plan that is not made, of a machine that may only be assumed."""
     monkeypatch.setattr(finetune, "find_target", lambda config: SimpleNamespace(assumed=assumed))
-    monkeypatch.setattr(finetune, "make_plan", lambda job, target: (None, "a worker needs too much"))
+    monkeypatch.setattr(finetune, "make_plan", plan)
     standing: Any = SimpleNamespace(newest="a checkpoint" if trained else None)
     finetune.check_fits(JOB, standing)
+
+
+def too_much(*_: Any) -> Any:
+    return None, "a worker needs too much"
+
+
+def unplannable(*_: Any) -> Any:
+    raise ModelError("a plan needs num_attention_heads")
+
+
+@pytest.mark.parametrize(
+    ("assumed", "trained", "plan", "said"),
+    [
+        (False, True, too_much, "by its plan the run does not fit: a worker needs too much"),
+        (False, False, unplannable, "whether the run fits is not known: a plan needs num_attention_heads"),
+        (True, False, too_much, ""),
+    ],
+)
+def test_finetune_only_tells_what_is_not_sure(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    assumed: bool,
+    trained: bool,
+    plan: Any,
+    said: str,
+) -> None:
+    check_fits(monkeypatch, assumed=assumed, trained=trained, plan=plan)
     told = capsys.readouterr().out
     assert said in told and bool(told) == bool(said)
 
 
-def test_what_cannot_be_planned_can_be_trained(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def fail(config: Any) -> None:
-        raise ModelError("a plan needs num_attention_heads")
-
-    monkeypatch.setattr(finetune, "find_target", fail)
-    standing: Any = SimpleNamespace(newest=None)
-    finetune.check_fits(JOB, standing)
-    assert "whether the run fits is not known: a plan needs num_attention_heads" in capsys.readouterr().out
+def test_finetune_refuses_a_new_run_that_surely_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadInput, match="does not fit: a worker needs too much"):
+        check_fits(monkeypatch, assumed=False, trained=False, plan=too_much)

@@ -455,7 +455,7 @@ def test_a_launcher_that_fails_leaves_a_result(
             take(run, silent, take_over=True, timing=QUICK).release()
         raise error
 
-    standing = SimpleNamespace(finished=False, newest=None, allowed_changes=())
+    standing = SimpleNamespace(why_finished="", newest=None, allowed_changes=())
     monkeypatch.setattr(finetune, "settle", lambda job, say: standing)
     monkeypatch.setattr(finetune, "check_fits", lambda job, standing: None)
     monkeypatch.setattr(finetune, "run_attempts", fail)
