@@ -85,7 +85,7 @@ def prune(
         doomed += [name for name in found.bad if is_fast(name) and parse_name(name)[0] <= durable_step]
         doomed += [name for name in found.unfinished if parse_name(name)[1] in others]
         removed, failure = [], None
-        for name in doomed:
+        for name in dict.fromkeys(doomed):  # one in quarantine may be superseded, too
             if name in stay:
                 continue
             try:

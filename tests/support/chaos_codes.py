@@ -22,12 +22,12 @@ _DURABLE_SAVE = re.compile(
 _COMMITTED = re.compile(r"(sync folder|written) .*/manifest\.json$")
 
 
-def expected_codes(rank: int | None, point: str, kind: Kind) -> set[int]:
+def expected_codes(rank: int | None, point: str, kind: Kind, *, quarantined: bool) -> set[int]:
     """Of the submission in which the fault fires; ``rank`` None: in the driver.
 
     A disk that fails under a worker costs nothing but time: what failed is done again. Under the driver it ends the
     command, unless that was reading. A full disk stops resumably, as nothing may be removed where just one checkpoint
-    is kept.
+    is kept, but for one in quarantine.
     """
     if kind in (Kind.KILL, Kind.KILL_ALL):
         return {-signal.SIGKILL} if rank is None else {ExitCode.DONE}
@@ -35,7 +35,7 @@ def expected_codes(rank: int | None, point: str, kind: Kind) -> set[int]:
     if _PROBE.search(point):
         return {ExitCode.STOPPED if full and rank is None else ExitCode.BAD_INPUT}
     if rank is not None:
-        if not full or not _DURABLE_SAVE.match(point):
+        if not full or quarantined or not _DURABLE_SAVE.match(point):
             return {ExitCode.DONE}
         # What a refused write had committed all the same makes the one before it removable, if there is one.
         return {ExitCode.DONE, ExitCode.STOPPED} if _COMMITTED.match(point) else {ExitCode.STOPPED}

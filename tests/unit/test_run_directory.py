@@ -58,10 +58,11 @@ def found_unusable(run: RunDirectory, parent: AttemptStart, name: str, *, corrup
 
 def kept_by(run: RunDirectory, attempt: str, sparing: Sparing = Sparing.AS_CONFIGURED, **options: Any) -> list[str]:
     """Folders that are there after pruning."""
-    before = set(run.checkpoints.list())
+    before = run.checkpoints.list()
     removed = prune(run, CheckpointConfig(**options), attempt, sparing)
-    assert set(run.checkpoints.list()) == before - set(removed)
-    return run.checkpoints.list()
+    stay = run.checkpoints.list()
+    assert sorted(stay + removed) == sorted(before)
+    return stay
 
 
 def committed(names: list[str]) -> list[int]:
