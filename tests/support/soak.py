@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from launch import finetune
 from launch.quickstart_inputs import make_inputs
@@ -51,6 +51,33 @@ class Sample:
     resident_bytes: int
 
 
+class Process(NamedTuple):
+    """Pids come again after hours, so that a pid alone is nobody."""
+
+    pid: int
+    started: str
+    """clock ticks since the machine's start"""
+
+
+def process_of(pid: int) -> Process | None:
+    """None where there is none."""
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Process(pid, status[19])  # field 22 of proc(5), and the name in brackets is the second
+    return None
+
+
+def processes_at(folder: Path) -> list[int]:
+    """Of all but this one, those that have something of it mapped, or on their command line."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            told = (place / "cmdline").read_bytes() + (place / "maps").read_bytes()
+            if str(folder).encode() in told and int(place.name) != os.getpid():
+                found.append(int(place.name))
+    return found
+
+
 @dataclass
 class Soak:
     folder: Path
@@ -58,8 +85,8 @@ class Soak:
     seed: int
     done: Counter[str] = field(default_factory=Counter)
     samples: list[Sample] = field(default_factory=list)
-    pids: set[int] = field(default_factory=set)
-    """of all workers that there ever were"""
+    workers: set[Process] = field(default_factory=set)
+    """all that there ever were"""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -113,7 +140,7 @@ class Soak:
         """Pids of ranks 0 and 1."""
         found = [re.findall(rf"worker rank {rank} of 2: pid (\d+)", self.command.output) for rank in (0, 1)]
         pids = [int(of_rank[-1]) for of_rank in found if of_rank]
-        self.pids |= set(pids)
+        self.workers |= set(filter(None, map(process_of, pids)))
         return pids
 
     def _signal_worker(self, signum: signal.Signals) -> None:
@@ -258,15 +285,34 @@ def main() -> None:
         finally:
             soak.command.kill()
             print(soak.command.output[-20_000:], file=(folder / "last-output").open("w"))
-        report(soak, last)
+        try:
+            report(soak, last)
+        except BaseException:
+            shutil.copytree(folder / "runs", folder / "kept")  # the disk goes
+            raise
     shutil.rmtree(folder)
 
 
 def report(soak: Soak, last: int) -> None:
-    """Raises AssertionError where something is not as it should be."""
+    """Prints all figures. Raises AssertionError where something is not as it should be."""
+    for name, number in sorted(soak.done.items()):
+        print(f"{number:4} x {name}")
+    files = [sample.files for sample in soak.samples]
+    attempts = soak.files.result["attempts"]
+    print(
+        f"{sum(soak.done.values())} faults from seed {soak.seed}, {attempts} attempts, {last} steps, "
+        f"{len(soak.workers)} workers"
+    )
+    print(f"open files of drivers: {min(files)} to {max(files)}, median {statistics.median(files):g}")
+    for line in growth(soak.samples):
+        print(f"  a driver, {line}")
+    print(json.dumps({"faults": dict(soak.done), "steps": last}), flush=True)
     time.sleep(5)  # processes that were told to end do so
-    left = [pid for pid in soak.pids if Path(f"/proc/{pid}").exists()]
+    left = [worker.pid for worker in soak.workers if process_of(worker.pid) == worker]
     assert not left, f"workers that are still there: {left}"
+    assert not (holding := processes_at(soak.folder)), f"processes that have files of the run: {holding}"
+    found = survey(RunDirectory.at(str(soak.files.path)))
+    assert not found.unfinished, f"folders that nothing looks after: {found.unfinished}"
     values = soak.values("alone") | {"cluster": {"launcher": "processes", "num_workers": 2}}
     values["training"] |= {"steps": last}
     alone = run_here(finetune.main, "--config", str(write_config(soak.folder, values, "alone")))
@@ -275,21 +321,10 @@ def report(soak: Soak, last: int) -> None:
     assert soak.files.trace() == undisturbed.trace(), "rows or losses differ"
     ends = [survey(RunDirectory.at(str(files.path))).usable[-1].manifest.files for files in (soak.files, undisturbed)]
     assert ends[0] == ends[1], "the last checkpoints differ"
-    found = survey(RunDirectory.at(str(soak.files.path)))
-    assert not found.unfinished, f"folders that nothing looks after: {found.unfinished}"
-    for name, number in sorted(soak.done.items()):
-        print(f"{number:4} x {name}")
-    files = [sample.files for sample in soak.samples]
-    attempts = soak.files.result["attempts"]
     print(
-        f"{sum(soak.done.values())} faults from seed {soak.seed}, {attempts} attempts, {last} steps: rows, losses and "
-        f"the last checkpoint are those of the run that was left alone; {len(soak.pids)} workers, none left; "
+        "rows, losses and the last checkpoint are those of the run that was left alone; no worker is left; "
         f"{len(found.bad)} damaged checkpoints set aside; no folder without a commit"
     )
-    print(f"open files of drivers: {min(files)} to {max(files)}, median {statistics.median(files):g}")
-    for line in growth(soak.samples):
-        print(f"  a driver, {line}")
-    print(json.dumps({"faults": dict(soak.done), "steps": last}))
 
 
 if __name__ == "__main__":
