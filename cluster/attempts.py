@@ -187,10 +187,7 @@ def run_attempts(
                 step = resume_from.step if resume_from else 0
                 decision = decide_without_room(step, stop_wanted=stop_wanted)
                 return Submission(decision, parent.number if parent else 0, resume_from)
-            start = run.start_attempt(
-                parent, resume_from, allowed_changes, term=lease.term, claim=lease.id, num_workers=num_workers
-            )
-            _tell_start(run, start, resume_from, num_workers, say)
+            start = _start(run, lease, parent, resume_from, allowed_changes, num_workers, say)
             monitor.attempt_started(start.number)
             stop.attempt = start.attempt
             stop.forward()
@@ -203,24 +200,36 @@ def run_attempts(
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
             if decision.action == Action.RETRY:
                 monitor.set_state(RunState.WAITING)
-                ended = "failed" if end.kind == EndKind.FAILED else "has made way"
-                say(
-                    f"attempt {start.number} {ended} ({decision.reason}); the next one starts in "
-                    f"{decision.delay_s:.0f}s"
-                )
+                _tell_retry(start, end, decision, say)
                 stop.wait(decision.delay_s)
             _record_end(run, start.attempt, end, decision)
             if decision.action != Action.RETRY:
                 return Submission(decision, start.number, _newest(run))
 
 
-def _tell_start(
-    run: RunDirectory, start: AttemptStart, resume_from: CheckpointRef | None, num_workers: int, say: Say
-) -> None:
+def _start(
+    run: RunDirectory,
+    lease: Lease,
+    parent: AttemptStart | None,
+    resume_from: CheckpointRef | None,
+    allowed_changes: tuple[str, ...],
+    num_workers: int,
+    say: Say,
+) -> AttemptStart:
+    """From here on the attempt counts, and is told."""
+    start = run.start_attempt(
+        parent, resume_from, allowed_changes, term=lease.term, claim=lease.id, num_workers=num_workers
+    )
     where = f"resuming from step {resume_from.step}" if resume_from else "from the beginning"
     say(f"attempt {start.number} ({start.attempt}): {where}, {num_workers} workers")
     details = {"number": start.number, "step": start.start_step, "num_workers": num_workers}
     EventLog(run, start.attempt).record(EventKind.STARTED, where, **details)
+    return start
+
+
+def _tell_retry(start: AttemptStart, end: AttemptEnd, decision: Decision, say: Say) -> None:
+    ended = "failed" if end.kind == EndKind.FAILED else "has made way"
+    say(f"attempt {start.number} {ended} ({decision.reason}); the next one starts in {decision.delay_s:.0f}s")
 
 
 def _record_end(run: RunDirectory, attempt: str, end: AttemptEnd, decision: Decision) -> None:

@@ -61,6 +61,9 @@ class DatasetManifest:
     identity: dict[str, Any] = field(default_factory=dict)
     """what the fingerprint was made of"""
 
+    def has_rows(self, split: str) -> bool:
+        return split in self.splits and self.splits[split].rows > 0
+
     def to_bytes(self) -> bytes:
         payload = asdict(self)
         payload["splits"] = {name: split_to_json(split) for name, split in self.splits.items()}

@@ -155,18 +155,13 @@ def datasets_root(config: Config) -> Storage:
     return Storage.at(prepared) if prepared else Storage.at(config.run.storage).child("datasets")
 
 
-def has_validation(dataset: Prepared) -> bool:
-    held_out = dataset.manifest.splits.get(VALIDATION)
-    return held_out is not None and held_out.rows > 0
-
-
 def make_job(config: Config, say: Say) -> Job:
     """Check the storage, find the base, prepare the data. Raises BadInput for whatever is wrong with them."""
     run = open_run_to_write(config)
     init_from = _init_from(config, run)
     base = locate_base(config.model)
     dataset = prepare_data(config, base, say)
-    if config.evaluation.patience is not None and not has_validation(dataset):
+    if config.evaluation.patience is not None and not dataset.manifest.has_rows(VALIDATION):
         raise BadInput(
             f"evaluation.patience={config.evaluation.patience}: the validation split has no rows, so there is "
             "nothing to evaluate; hold out more records (data.validation, data.validation_fraction, data.split)"
@@ -221,21 +216,22 @@ def settle(job: Job, say: Say, *, record: bool = True) -> Standing:
     for difference in found:
         say(f"changed on purpose (resume.allow): {difference}")
     newest = newest_usable(job.run, say)
-    finished = why_finished(newest, job) if newest is not None else ""
-    if not finished:
+    why = why_finished(newest, job) if newest is not None else ""
+    if not why:
         _check_base(job, newest)
-    if newest is not None and not finished:
+    if newest is not None and not why:
         _check_continuation(job, newest, recorded, say)
     if found and record:
         write_json(job.run.storage, "run.json", now)
-    return Standing(newest, finished, tuple(str(d) for d in found))
+    return Standing(newest, why, tuple(str(d) for d in found))
 
 
 def why_finished(newest: CheckpointRef, job: Job) -> str:
     """Empty where something is left to do: one of the fast tier has yet to become a durable one, and the last
     evaluation may have been given up for a wish to stop."""
     progress, evaluation, num_steps = newest.manifest.progress, job.config.evaluation, job.sampler.num_steps
-    if newest.manifest.fast or (has_validation(job.dataset) and is_missing(progress, evaluation, num_steps)):
+    lacks_evaluation = job.dataset.manifest.has_rows(VALIDATION) and is_missing(progress, evaluation, num_steps)
+    if newest.manifest.fast or lacks_evaluation:
         return ""
     return ended_early(progress, evaluation, num_steps) or (ALL_STEPS_DONE if progress.step >= num_steps else "")
 
@@ -272,8 +268,11 @@ def tell_finished(job: Job, standing: Standing, say: Say) -> None:
 
 def export_if_asked(job: Job) -> None:
     """The export that ``export.at_end`` asks for, unless it is there already."""
-    if job.config.export.at_end and missing_exports(job.config, checkpoint_to_export(job.config, job.run)):
-        export_run(job.config, job.base)
+    if not job.config.export.at_end:
+        return
+    ref = checkpoint_to_export(job.config, job.run)
+    if missing_exports(job.config, ref):
+        export_run(job.config, job.base, step=ref.step)
 
 
 def _check_base(job: Job, newest: CheckpointRef | None) -> None:

@@ -123,7 +123,7 @@ class EvaluationConfig(ConfigModel):
     patience: int | None = Field(
         None, ge=1, description="Early stopping: end after so many evaluations in a row without a lower loss; null: no."
     )
-    min_improvement: float = Field(0.0, ge=0, description="By how much a loss must be lower than the lowest to count.")
+    min_improvement: float = Field(0.0, ge=0, description="By how much it must be lower than the last loss that was.")
 
     @model_validator(mode="after")
     def _patience_needs_evaluations(self) -> EvaluationConfig:

@@ -72,15 +72,11 @@ def prune(
         request = run.stop_request(attempt)  # looked for last: what is the newest here is older than that look
         if request is not None and request.kind == StopKind.SUPERSEDED:
             return []
-        set_aside = [name for name in found.quarantined if not is_fast(name)]
-        stay = kept(found.usable, config, sparing)
+        set_aside = {name for name in found.quarantined if not is_fast(name)}
+        stay = kept(found.usable, config, sparing) | (set_aside if sparing == Sparing.AS_CONFIGURED else set())
         durable_step = max((ref.step for ref in found.usable if not ref.manifest.fast), default=0)
         others = found.attempts.keys() - {attempt}
-        doomed = [ref.name for ref in found.usable]
-        if sparing == Sparing.NEWEST:
-            doomed += set_aside
-        else:
-            stay |= set(set_aside)
+        doomed = [*(ref.name for ref in found.usable), *sorted(set_aside)]
         doomed += [name for name, limit in found.superseded.items() if limit != STRANGER]
         doomed += [name for name in found.bad if is_fast(name) and parse_name(name)[0] <= durable_step]
         doomed += [name for name in found.unfinished if parse_name(name)[1] in others]

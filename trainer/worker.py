@@ -71,7 +71,7 @@ def _open_data(spec: WorkerSpec) -> _Data:
     config, dataset = spec.trainer, Storage.at(spec.dataset_uri)
     manifest = read_dataset_manifest(dataset)
     source = SplitReader(dataset, manifest, TRAIN)
-    held_out = manifest.splits.get(VALIDATION)
+    held_out = SplitReader(dataset, manifest, VALIDATION) if manifest.has_rows(VALIDATION) else None
     sampler = Sampler(
         source.num_rows,
         config.seed,
@@ -80,7 +80,7 @@ def _open_data(spec: WorkerSpec) -> _Data:
         spec.order,
         manifest.splits[TRAIN].source_rows(spec.weights),
     )
-    return _Data(source, SplitReader(dataset, manifest, VALIDATION) if held_out and held_out.rows else None, sampler)
+    return _Data(source, held_out, sampler)
 
 
 def _saved_step(resumed: CheckpointRef | None, data: _Data, config: EvaluationConfig) -> int | None:

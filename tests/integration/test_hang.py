@@ -13,6 +13,7 @@ import pytest
 
 from launch import finetune
 from tests.integration.conftest import Workshop
+from tests.support.chaos import saves_end_before_the_next_step
 from tests.support.command import Command, RunFiles, Trace, run_here, slowed_tree, write_config
 from tests.support.worker_faults import Fault, install
 from trainer.events import EventKind, read_events
@@ -72,6 +73,7 @@ def test_a_hang_is_named_and_the_run_goes_on(
 ) -> None:
     mark = tmp_path / "fired"
     install(monkeypatch, fault, mark, rank=1, step=AT)
+    saves_end_before_the_next_step(monkeypatch.setattr)  # however busy the machine
     config = write_config(workshop.data, values, f"hung-{fault.value}")
     done = run_here(finetune.main, "--config", str(config))
     print(done.output)
@@ -83,9 +85,7 @@ def test_a_hang_is_named_and_the_run_goes_on(
     error = decision["end"]["error"]
     assert error["type"] == "Hang" and error["suspects"] == [1] and error["step"] == AT + 1
     assert re.search(named, error["message"]) and re.search(r"no progress for \d+ s in step 8", error["message"])
-    # Of step 6 where that was begun: on a busy machine the save before it may still have been under way.
-    begun_at = json.loads((second / "start.json").read_text())["start_step"]
-    assert begun_at == decision["end"]["committed_step"] and begun_at in (EVERY, 2 * EVERY)
+    assert json.loads((second / "start.json").read_text())["start_step"] == AT // EVERY * EVERY
     stacks = {path.name: path.read_text() for path in (first / "stacks").iterdir()}
     assert "train_step" in stacks["rank-00000.txt"] or "disturbed" in stacks["rank-00000.txt"]
     if function is not None:

@@ -71,7 +71,6 @@ class Bench:
         rows = records(60, seed=3)
         write_jsonl(root / "train.jsonl", rows)
         make_base(root / "base", [f"{row['question']} {row['answer']}" for row in rows], num_layers=1)
-        self._reference: dict[str, dict[str, bytes]] = {}
 
     def config(self, folder: Path, steps: int = STEPS, keep_last: int = 1, *, tiers: bool = False) -> Path:
         fast = {"path": str(folder / "here" / "nvme"), "every_steps": 1}
@@ -154,7 +153,7 @@ def _wait(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def saves_end_before_the_next_step() -> None:
+def saves_end_before_the_next_step(assign: Callable[[type, str, Any], None] = setattr) -> None:
     """Tiny steps are faster than a file system: without this, which saves are left out would be chance."""
     told = trainer.checkpointing.Checkpointing.standing
 
@@ -165,7 +164,7 @@ def saves_end_before_the_next_step() -> None:
         self.saver._retention.wait(5)
         return told(self)
 
-    trainer.checkpointing.Checkpointing.standing = standing  # type: ignore[method-assign]
+    assign(trainer.checkpointing.Checkpointing, "standing", standing)
 
 
 def points_of(trace: Path) -> list[tuple[int | None, str]]:

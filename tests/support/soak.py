@@ -281,13 +281,10 @@ def main() -> None:
         soak = Soak(folder, options.launcher, options.seed)
         try:
             soak.disturb(60 * options.minutes)
-            last = soak.finish()
-        finally:
+            report(soak, soak.finish())
+        except BaseException:
             soak.command.kill()
             print(soak.command.output[-20_000:], file=(folder / "last-output").open("w"))
-        try:
-            report(soak, last)
-        except BaseException:
             shutil.copytree(folder / "runs", folder / "kept")  # the disk goes
             raise
     shutil.rmtree(folder)
