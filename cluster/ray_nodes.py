@@ -8,12 +8,13 @@ there are no public ones.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
 Resources = dict[str, float]
 
 
-def bundles_that_fit(nodes: list[Resources], bundle: Resources) -> int:
+def bundles_that_fit(nodes: Iterable[Resources], bundle: Resources) -> int:
     """How many workers the nodes hold together; a worker lies on one node (pure)."""
     wanted = {name: amount for name, amount in bundle.items() if amount > 0}
     return sum(int(min(node.get(name, 0.0) / amount for name, amount in wanted.items())) for node in nodes)
@@ -37,12 +38,19 @@ def staying() -> dict[str, Resources]:
     }
 
 
-def free() -> list[Resources]:
-    """What nobody uses on those machines, as far as Ray has heard of it."""
+def free() -> dict[str, Resources]:
+    """By node id, what nobody uses on those machines, as far as Ray has heard of it."""
     import ray
 
     available = ray._private.state.available_resources_per_node()
-    return [available[node] for node in staying() if node in available]
+    return {node: available[node] for node in staying() if node in available}
+
+
+def addresses() -> dict[str, str]:
+    """By node id, also of nodes that are gone."""
+    import ray
+
+    return {node["NodeID"]: str(node["NodeManagerAddress"]) for node in ray.nodes()}
 
 
 def find(name: str) -> str | None:

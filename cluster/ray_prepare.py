@@ -83,7 +83,7 @@ def write_tasks_on_ray(
 
 
 def _free_processors() -> str:
-    free = sum(node.get("CPU", 0) for node in ray_nodes.free())
+    free = sum(node.get("CPU", 0) for node in ray_nodes.free().values())
     return f"{free:g} processors of the cluster are free" + ("" if free else ", tasks may be waiting for others' work")
 
 
@@ -122,7 +122,8 @@ def _why_not_on_ray(tasks: Sequence[Task], location: Storage, report: Report) ->
         location.delete_file(mark)
     if not answers:
         return "no node has processors"
-    return next((f"{address} {answer}" for address, answer in sorted(answers.items()) if answer), "")
+    addresses = ray_nodes.addresses()
+    return min((f"{addresses[node]} {answer}" for node, answer in answers.items() if answer), default="")
 
 
 def _find_unseen(files: dict[str, int], uri: str, mark: str) -> str:

@@ -13,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster import ray_nodes
-from cluster.config import ClusterConfig, MetricsConfig, WorkerBounds
-from cluster.local_processes import NO_MORE_GPUS
+from cluster.config import ClusterConfig, MetricsConfig
 from cluster.notice_server import NoticeServer
-from cluster.ray_reach import check_reach
+from cluster.ray_room import Room
 from cluster.ray_session import Session, open_board, supervise
 from cluster.ray_watch import Watch
 from cluster.run_monitor import Monitor, NoMonitor, start_monitor
-from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from trainer.config import WorkerSpec
 from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
@@ -28,9 +26,6 @@ from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parent.parent
-_TELL_AFTER_S = 5.0
-_PLACE_S = 10.0
-"""For Ray to place workers that fit."""
 _IN_JOB_MARK = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
@@ -118,19 +113,19 @@ def connected() -> Iterator[None]:
         ray.shutdown()
 
 
-def room_was_taken(error: Exception, bundle: ray_nodes.Resources, num_workers: int) -> bool:
+def room_was_taken(error: Exception, room: Room, num_workers: int) -> bool:
     """Whether the room that had been found was gone when Ray Train asked for it: then nothing has failed. Where it is
     still there, and Ray Train could not begin in it, something has."""
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 
     late = isinstance(getattr(error, "controller_failure", None), WorkerGroupStartupTimeoutError)
-    return late and ray_nodes.bundles_that_fit(ray_nodes.free(), bundle) < num_workers
+    return late and room.more(0) < num_workers
 
 
 class RayTrain:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._use_gpu = False
+        self._room = Room(config)
         self._monitor: Monitor = NoMonitor()
         self._session: Session | None = None
         self._is_left = False
@@ -155,89 +150,17 @@ class RayTrain:
         except (RayError, OSError, RuntimeError) as error:  # the next attempt may be placed there, and leave it again
             log.warning("Ray could not be told to place nothing on node %s: %s", node, error)
 
-    def _nodes(self) -> list[ray_nodes.Resources]:
-        return list(ray_nodes.staying().values())
-
-    def _bundle(self) -> dict[str, float]:
-        return {"CPU": self._config.cpus_per_worker, "GPU": 1.0 if self._use_gpu else 0.0}
-
     def check_capacity(self, *, on_gpus: bool = False) -> None:
-        """Waits ``wait_for_capacity_s`` for nodes that may still be joining."""
-        deadline = time.monotonic() + self._config.wait_for_capacity_s
-        while True:
-            nodes = self._nodes()
-            has_gpu = any(node.get("GPU", 0) for node in nodes)
-            self._use_gpu = (has_gpu or on_gpus) if self._config.use_gpu is None else self._config.use_gpu
-            if ray_nodes.bundles_that_fit(nodes, self._bundle()) >= self._config.min_workers:
-                return
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(0.5)
-        room = ray_nodes.bundles_that_fit(nodes, self._bundle())
-        if on_gpus and not has_gpu and self._config.use_gpu is None:
-            raise BadInput(f"the cluster has no GPU ({self._has()}); {NO_MORE_GPUS}")
-        raise BadInput(
-            f"{self._needs()} can't be placed: the cluster has {self._has()}, room for {room}. Use fewer workers, set "
-            "cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"
-        )
-
-    def _needs(self) -> str:
-        per_worker = " and ".join(f"{amount:g} {name}" for name, amount in self._bundle().items() if amount)
-        bounds = self._config.workers
-        name, number = ("workers.min", bounds.min) if bounds else ("num_workers", self._config.num_workers)
-        return f"cluster.{name}={number} with {per_worker} each"
-
-    def _has(self) -> str:
-        nodes = (f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in self._nodes())
-        return "; ".join(nodes) or "no node"
-
-    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> int:
-        """Asks Ray itself, by a placement group like the one that the workers will get: so it counts what is taken by
-        others, and an autoscaler sees the demand. Where fewer workers may do, as many as then fit are taken after a
-        while."""
-        if self._keeps_session() and self._session is not None:
-            return self._session.num_workers
-        self._drop_session()
-        bounds, most = self._config.workers, self._config.num_workers
-        started, told = time.monotonic(), False
-        with self._asked_for(most) as is_there:
-            while not is_there(1.0):
-                waited = time.monotonic() - started
-                if cancelled() or waited > self._config.wait_for_room_s:
-                    return 0
-                if bounds and waited > bounds.settle_s and (number := self._fewer(bounds)):
-                    return number
-                if waited > _TELL_AFTER_S and not told:
-                    told = True
-                    say(
-                        f"waiting for room: {self._needs()}; the cluster has {self._has()}, part of it perhaps taken. "
-                        f"Giving up after {self._config.wait_for_room_s:g} s (cluster.wait_for_room_s)"
-                    )
-            return most
-
-    def _fewer(self, bounds: WorkerBounds) -> int:
-        """The workers that can be placed now; 0 where that is less than the least."""
-        number = min(bounds.max, ray_nodes.bundles_that_fit(ray_nodes.free(), self._bundle()))
-        if number < bounds.min:
-            return 0
-        with self._asked_for(number) as is_there:
-            return number if is_there(_PLACE_S) else 0
-
-    @contextmanager
-    def _asked_for(self, num_workers: int) -> Iterator[Callable[[float], bool]]:
-        """What says, after so many seconds at most, whether these workers have their place."""
-        from ray.util import placement_group, remove_placement_group
-
-        bundle = {name: amount for name, amount in self._bundle().items() if amount}
-        group = placement_group([bundle] * num_workers, strategy="PACK")
-        try:
-            yield lambda seconds: bool(group.wait(seconds))
-        finally:
-            remove_placement_group(group)
+        self._room.check_capacity(on_gpus=on_gpus)
 
     def check_reach(self, spec: WorkerSpec, say: Say) -> None:
-        nodes = [node for node, has in ray_nodes.staying().items() if ray_nodes.bundles_that_fit([has], self._bundle())]
-        check_reach(nodes, spec, say)
+        self._room.check_reach(spec, say)
+
+    def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> int:
+        if self._session is not None and self._keeps(self._session):
+            return self._session.num_workers
+        self._drop_session()
+        return self._room.wait(cancelled, say)
 
     def open_monitor(self, run: str, run_uri: str, config: MetricsConfig) -> Monitor:
         if config.port:
@@ -257,7 +180,8 @@ class RayTrain:
         run = RunDirectory.at(spec.run_uri)
         config = self._config
         watch = Watch(
-            run, spec.attempt, num_workers, self._bundle(), config.workers, make_way, _here(), config.notice_file
+            *(run, spec.attempt, num_workers, config.workers, self._room.more, make_way, _here()),
+            notice_file=config.notice_file,
         )
         told = spec.model_copy(update={"notice_file": self._config.notice_file})
         try:
@@ -265,7 +189,7 @@ class RayTrain:
             with watch.watching():
                 return session.run(told, self._monitor.sink)
         except (TrainingFailedError, RayError) as error:
-            if room_was_taken(error, self._bundle(), num_workers):
+            if room_was_taken(error, self._room, num_workers):
                 run.request_stop(spec.attempt, "others took the room for its workers", StopKind.RESIZE)
             return f"Ray Train reports: {str(error).strip().splitlines()[-1][:300]}"
 
@@ -281,14 +205,15 @@ class RayTrain:
             backend_config=_backend(),
             scaling_config=ScalingConfig(
                 num_workers=num_workers,
-                use_gpu=self._use_gpu,
-                resources_per_worker={name: amount for name, amount in self._bundle().items() if amount},
+                use_gpu=self._room.use_gpu,
+                resources_per_worker=self._room.bundle,
+                label_selector=self._room.label_selector() or None,
             ),
             run_config=RunConfig(
                 name="ray",
                 storage_path=place.uri,
                 failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-                worker_runtime_env={} if self._use_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
+                worker_runtime_env={} if self._room.use_gpu else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}},
             ),
         )
         # Not on the main thread: there it would replace our signal handlers, and Ctrl-C would save nothing.
@@ -301,22 +226,19 @@ class RayTrain:
             self._session.close()
             self._session, self._is_left = None, False
 
-    def _keeps_session(self) -> bool:
-        """Whether the supervisors can run the next attempt, too: all there, as many as may be, on nodes that stay."""
-        session, most = self._session, self._config.num_workers
-        if session is None or not session.is_alive or self._is_left:
+    def _keeps(self, session: Session) -> bool:
+        """Whether its supervisors can run the next attempt, too: all there, as many as may be, on nodes that stay."""
+        if not session.is_alive or self._is_left:
             return False
         with suppress(Exception):  # of Ray's own: then it is gone
-            more = 0
-            if session.num_workers < most:
-                more = ray_nodes.bundles_that_fit(ray_nodes.free(), self._bundle())
-            return more == 0 and session.nodes() <= set(ray_nodes.staying())
+            return self._room.more(session.num_workers) == 0 and session.nodes() <= set(ray_nodes.staying())
         return False
 
     def close(self) -> None:
         import ray
 
         self._drop_session()
+        self._room.close()
         if self._notices is not None:
             self._notices.close()
         ray.shutdown()

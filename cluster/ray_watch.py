@@ -30,8 +30,9 @@ class Watch:
     run: RunDirectory
     attempt: str
     num_workers: int
-    bundle: ray_nodes.Resources
     bounds: WorkerBounds | None
+    room_for_more: Callable[[int], int]
+    """how many workers could be placed beside so many"""
     notify: Callable[[StopRequest], None]
     here: str
     """the driver's node: where it goes, the driver goes, and nobody is left to begin the next attempt"""
@@ -64,7 +65,7 @@ class Watch:
                 if trains_since is None and self._can_grow and self._trains():
                     trains_since = time.monotonic()
                 if not making_way and trains_since is not None and self._may_grow(time.monotonic() - trains_since):
-                    looks_with_room = looks_with_room + 1 if self._room_for() else 0
+                    looks_with_room = looks_with_room + 1 if self.room_for_more(self.num_workers) else 0
                     if looks_with_room >= _GROW_LOOKS:
                         self.notify(StopRequest("there is room for more workers", StopKind.RESIZE))
                         making_way = True
@@ -88,11 +89,6 @@ class Watch:
 
     def _may_grow(self, seconds: float) -> bool:
         return self.bounds is not None and self._can_grow and seconds > self.bounds.grow_after_s
-
-    def _room_for(self) -> int:
-        """Workers more than there are."""
-        assert self.bounds is not None
-        return min(self.bounds.max - self.num_workers, ray_nodes.bundles_that_fit(ray_nodes.free(), self.bundle))
 
 
 def leaving_request(leaving: Mapping[str, float | None], nodes: Mapping[int, str]) -> StopRequest | None:

@@ -1,7 +1,8 @@
 """A run on Ray nodes that come and go, each with an address and folders of its own; the head has no room for workers.
 
-In turn: a node dies, a new one joins, one is drained by a notice at the driver's port, one gets SIGTERM, one tells by a
-file and too late, and the driver is told to stop. After each the run goes on with whatever nodes there are.
+In turn: a node dies, one joins that does not see the runs and one that does, that is drained by a notice at the
+driver's port, one gets SIGTERM, one tells by a file and too late, and the driver is told to stop. After each the run
+goes on with whatever nodes there are.
 """
 
 from __future__ import annotations
@@ -163,6 +164,8 @@ def travel(voyage: Voyage, one: Machine, two: Machine) -> None:
     voyage.begins(2, workers=1)
     two.kill_all()
 
+    blind = net.start_node(num_cpus=1, hidden=voyage.files.path.parent)
+    voyage.wait_for(rf"{re.escape(blind.address)} gets no workers: ")
     three = net.start_node(num_cpus=1)
     told["room for more"] = 2
     voyage.begins(3, workers=2)
@@ -195,6 +198,7 @@ def travel(voyage: Voyage, one: Machine, two: Machine) -> None:
     assert voyage.command.finish(60) == 75, voyage.command.output
     voyage.output = voyage.command.output
     (voyage.config.parent / OUTPUT).write_text(voyage.output)
+    blind.kill_all()
     reached = voyage.last_step(8)
     voyage.submit(f"training.steps={reached + 15}")
     assert voyage.command.finish(120) == 0, voyage.command.output
@@ -207,6 +211,17 @@ def test_nodes_that_do_not_see_the_data_are_named_before_any_worker_is_placed(vo
     for machine in voyage.net.machines[1:3]:
         assert re.search(rf"{re.escape(machine.address)}: {private}/\w+ is not there", voyage.refused), voyage.refused
     assert "attempt" not in voyage.refused and "Traceback" not in voyage.refused
+
+
+def test_a_node_that_joins_without_the_runs_gets_no_worker(voyage: Voyage) -> None:
+    """Though for most of the voyage there is room for one more, there alone."""
+    blind = voyage.net.machines[3]
+    assert blind.hidden is not None and voyage.output is not None
+    (told,) = re.findall(rf"{re.escape(blind.address)} gets no workers: (.*)", voyage.output)
+    assert told == f"{voyage.files.path} is not what the driver sees there (run.storage)"
+    places = [json.loads(path.read_text()) for path in voyage.files.path.glob("attempts/*/workers/*")]
+    assert len({place["node"] for place in places}) == 5, "the head and it have none"
+    assert not list(voyage.files.path.glob("reach-*"))
 
 
 def test_data_is_prepared_by_the_processors_of_the_nodes(voyage: Voyage, workshop: Workshop) -> None:

@@ -48,11 +48,14 @@ class Machine:
     """what it sees at ``Network.disk``"""
     temp: Path
     """Ray's own files"""
+    hidden: Path | None = None
+    """a folder that it sees empty, as where a mount is missing"""
     process: subprocess.Popen[bytes] | None = None
 
     def within(self, shown_at: Path) -> list[str]:
         """A command line's beginning that runs the rest there."""
-        script = f'mount --make-rprivate / && mount --bind {self.disk} {shown_at} && exec "$@"'
+        hiding = f"mount -t tmpfs none {self.hidden} && " if self.hidden is not None else ""
+        script = f'mount --make-rprivate / && mount --bind {self.disk} {shown_at} && {hiding}exec "$@"'
         return ["ip", "netns", "exec", self.name, "sh", "-c", script, "sh"]
 
     def pids(self, part: str) -> list[int]:
@@ -128,8 +131,9 @@ class Network:
             time.sleep(0.2)
         return machine
 
-    def start_node(self, num_cpus: int) -> Machine:
+    def start_node(self, num_cpus: int, hidden: Path | None = None) -> Machine:
         machine = self.add_machine()
+        machine.hidden = hidden
         self._start(machine, num_cpus, [f"--address={self.address}"])
         return machine
 

@@ -24,8 +24,9 @@ from cluster.config import ClusterConfig, WorkerBounds
 from cluster.failures import Action, AttemptEnd, EndKind, decide
 from cluster.notice_server import TOKEN, NoticeServer
 from cluster.ray_nodes import bundles_that_fit
+from cluster.ray_room import Room
 from cluster.ray_session import Session
-from cluster.ray_train import RayTrain, room_was_taken
+from cluster.ray_train import room_was_taken
 from cluster.ray_watch import Watch, leaving_request
 from data_shards.errors import BadInput
 from launch.config import load_config
@@ -131,13 +132,12 @@ class Lookout:
 
     def watch(self, **options: Any) -> Watch:
         bounds = WorkerBounds(min=1, max=3, grow_after_s=0)
-        return Watch(self.run, "a1", 2, {"CPU": 1.0}, bounds, self.told.append, "here", **options)
+        return Watch(self.run, "a1", 2, bounds, lambda number: 4 - number, self.told.append, "here", **options)
 
 
 @pytest.fixture
 def lookout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Lookout:
     monkeypatch.setattr(ray_nodes, "draining", dict)
-    monkeypatch.setattr(ray_nodes, "free", lambda: [{"CPU": 4.0}])
     monkeypatch.setattr(ray_watch, "POLL_SECONDS", 0.02)
     return Lookout(RunDirectory.at(str(tmp_path)))
 
@@ -172,29 +172,29 @@ def test_gpus_of_the_run_so_far_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
     """Nodes may still be joining."""
     there = [{"a": {"CPU": 8.0}}]
     monkeypatch.setattr(ray_nodes, "staying", lambda: there[-1])
-    launcher = RayTrain.__new__(RayTrain)
-    launcher._config = ClusterConfig(num_workers=2, wait_for_capacity_s=0)
-    launcher.check_capacity()
-    assert launcher._bundle()["GPU"] == 0
+    room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0))
+    room.check_capacity(on_gpus=False)
+    assert "GPU" not in room.bundle
     with pytest.raises(BadInput, match=r"no GPU .*; the run has trained on GPUs so far"):
-        launcher.check_capacity(on_gpus=True)
-    launcher._config = ClusterConfig(num_workers=2, wait_for_capacity_s=30)
+        room.check_capacity(on_gpus=True)
+    room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=30))
     threading.Timer(0.6, there.append, [{"a": {"CPU": 8.0}, "b": {"CPU": 8.0, "GPU": 2.0}}]).start()
-    launcher.check_capacity(on_gpus=True)
-    assert launcher._bundle()["GPU"] == 1
-    launcher._config = ClusterConfig(num_workers=2, use_gpu=False)
-    launcher.check_capacity(on_gpus=True)
-    assert launcher._bundle()["GPU"] == 0, "on purpose"
+    room.check_capacity(on_gpus=True)
+    assert room.bundle["GPU"] == 1
+    room = Room(ClusterConfig(num_workers=2, use_gpu=False))
+    room.check_capacity(on_gpus=True)
+    assert "GPU" not in room.bundle, "on purpose"
 
 
 def test_room_that_others_took_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     late = ControllerError(WorkerGroupStartupTimeoutError(2))
-    monkeypatch.setattr(ray_nodes, "free", lambda: [{"CPU": 1.0}])
-    assert room_was_taken(late, {"CPU": 1.0}, 2)
-    assert not room_was_taken(ControllerError(RuntimeError("of its own")), {"CPU": 1.0}, 2)
-    assert not room_was_taken(RayError("the board is gone"), {"CPU": 1.0}, 2)
-    monkeypatch.setattr(ray_nodes, "free", lambda: [{"CPU": 2.0}])
-    assert not room_was_taken(late, {"CPU": 1.0}, 2), "there it could have begun"
+    room = Room(ClusterConfig(num_workers=2))
+    monkeypatch.setattr(ray_nodes, "free", lambda: {"a": {"CPU": 1.0}})
+    assert room_was_taken(late, room, 2)
+    assert not room_was_taken(ControllerError(RuntimeError("of its own")), room, 2)
+    assert not room_was_taken(RayError("the board is gone"), room, 2)
+    monkeypatch.setattr(ray_nodes, "free", lambda: {"a": {"CPU": 2.0}})
+    assert not room_was_taken(late, room, 2), "there it could have begun"
 
 
 def test_a_supervisor_that_tells_nothing_ends_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:

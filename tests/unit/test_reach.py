@@ -5,11 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from cluster import ray_nodes, ray_reach
+from cluster.ray_reach import Reach
 from data_shards.manifest import MANIFEST
 from data_shards.storage import Storage
 from tests.support.datasets import random_packs, write_dataset
@@ -83,6 +88,50 @@ def test_a_base_that_is_not_there_or_is_another(machine: Machine) -> None:
 def test_a_checkpoint_to_begin_with_that_is_gone(machine: Machine) -> None:
     gone = f"{machine.folder}/run/checkpoints/9-b"
     assert machine.lacks(init_from=gone) == f"{gone} is not there (init_from)"
+
+
+def test_who_joins_gets_workers_once_it_has_what_they_need(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question is asked here, not over Ray: `test_many_nodes.py` does."""
+    monkeypatch.setattr(ray_nodes, "addresses", lambda: {"new": "10.0.0.9"})
+    answered, clock = [False], [0.0]
+    monkeypatch.setattr(ray_reach, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+
+    def ask(node: str, question: Callable[..., str], needs: Needs) -> Any:
+        assert node == "new" and (machine.folder / "run" / needs.mark).is_file()
+        return lambda: question(needs, 0.0)
+
+    monkeypatch.setattr(ray_reach, "ask_node", ask)
+    monkeypatch.setattr(ray_reach, "_is_answered", lambda reference: answered[0])
+    monkeypatch.setattr(ray_reach, "_answer", lambda reference: reference())
+    said: list[str] = []
+    needs = machine.needs
+    trainer = SimpleNamespace(model=needs.model)
+    spec: Any = SimpleNamespace(
+        run_uri=needs.run_uri,
+        dataset_uri=needs.dataset_uri,
+        fingerprint=needs.fingerprint,
+        init_from=None,
+        trainer=trainer,
+    )
+    reach = Reach(spec, said.append)
+    reach._fit = {"old"}
+    manifest = machine.folder / "data" / MANIFEST
+    manifest.rename(machine.folder / "away")
+
+    def kept_out(seconds: float) -> set[str]:
+        clock[0] += seconds
+        return set(reach.kept_out({"old", "new"}))
+
+    assert kept_out(1) == {"new"} and kept_out(31) == {"new"}
+    assert said == ["10.0.0.9 has joined; it gets workers once it has found the run, its data and base"]
+    answered[0] = True
+    assert kept_out(1) == {"new"}
+    assert said.pop() == f"10.0.0.9 gets no workers: {machine.folder}/data is not there (data.prepared)"
+    (machine.folder / "away").rename(manifest)
+    assert kept_out(30) == kept_out(29) == {"new"}, "it is not asked every second"
+    assert kept_out(2) == {"new"} and kept_out(1) == set()
+    assert said.pop() == "10.0.0.9 now has what workers need"
+    assert not list((machine.folder / "run").glob("reach-*"))
 
 
 def test_asking_takes_no_torch() -> None:

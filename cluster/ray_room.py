@@ -1,0 +1,155 @@
+"""Where on the Ray cluster workers have a place, and how many."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from cluster import ray_nodes
+from cluster.config import ClusterConfig, WorkerBounds
+from cluster.local_processes import NO_MORE_GPUS
+from cluster.ray_reach import Reach
+from data_shards.errors import BadInput
+from trainer.config import WorkerSpec
+from trainer.run_directory import Say
+
+_TELL_AFTER_S = 5.0
+_LOOK_S = 1.0
+_PLACE_S = 10.0
+"""For Ray to place workers that fit."""
+
+
+class Room:
+    """For the workers of one submission."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._reach: Reach | None = None
+        self.use_gpu = False
+
+    @property
+    def bundle(self) -> ray_nodes.Resources:
+        """What each worker takes."""
+        return {"CPU": self._config.cpus_per_worker} | ({"GPU": 1.0} if self.use_gpu else {})
+
+    def check_capacity(self, *, on_gpus: bool) -> None:
+        """Waits ``wait_for_capacity_s`` for nodes that may still be joining. As ``WorkerLauncher.check_capacity``."""
+        deadline = time.monotonic() + self._config.wait_for_capacity_s
+        while True:
+            nodes = self._staying().values()
+            has_gpu = any(node.get("GPU", 0) for node in nodes)
+            self.use_gpu = (has_gpu or on_gpus) if self._config.use_gpu is None else self._config.use_gpu
+            room = ray_nodes.bundles_that_fit(nodes, self.bundle)
+            if room >= self._config.min_workers:
+                return
+            if time.monotonic() >= deadline:
+                break
+            time.sleep(0.5)
+        if on_gpus and not has_gpu and self._config.use_gpu is None:
+            raise BadInput(f"the cluster has no GPU ({self._has()}); {NO_MORE_GPUS}")
+        raise BadInput(
+            f"{self._needs()} can't be placed: the cluster has {self._has()}, room for {room}. Use fewer workers, set "
+            "cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"
+        )
+
+    def check_reach(self, spec: WorkerSpec, say: Say) -> None:
+        """As ``WorkerLauncher.check_reach``; machines that join later are asked as they come."""
+        self._reach = Reach(spec, say)
+        self._reach.check(self._large_enough())
+
+    def free(self) -> list[ray_nodes.Resources]:
+        """What nobody uses on the machines that may get workers."""
+        out = self._kept_out()
+        return [has for node, has in ray_nodes.free().items() if node not in out]
+
+    def more(self, num_workers: int) -> int:
+        """How many workers could be placed now beside so many that have their place, by ``cluster.workers.max``."""
+        lacking = self._config.num_workers - num_workers
+        return min(lacking, ray_nodes.bundles_that_fit(self.free(), self.bundle)) if lacking > 0 else 0
+
+    def label_selector(self) -> dict[str, str]:
+        """Ray's, of the machines that may get workers."""
+        return _all_but(self._kept_out())
+
+    def wait(self, cancelled: Callable[[], bool], say: Say) -> int:
+        """As ``WorkerLauncher.wait_for_room``. Asks Ray itself, by a placement group like the one that the workers will
+        get: so it counts what is taken by others, and an autoscaler sees the demand. Where fewer workers may do, as
+        many as then fit are taken after a while."""
+        bounds, most = self._config.workers, self._config.num_workers
+        started, told = time.monotonic(), False
+        while True:
+            out = self._kept_out()
+            with self._asked_for(most, out) as is_there:
+                while True:
+                    is_placed = is_there(_LOOK_S)
+                    if self._kept_out() != out:  # it may be on a machine that has just joined
+                        break
+                    if is_placed:
+                        return most
+                    waited = time.monotonic() - started
+                    if cancelled() or waited > self._config.wait_for_room_s:
+                        return 0
+                    if bounds and waited > bounds.settle_s and (number := self._fewer(bounds)):
+                        return number
+                    if waited > _TELL_AFTER_S and not told:
+                        told = True
+                        self._tell_waiting(say)
+
+    def _tell_waiting(self, say: Say) -> None:
+        say(
+            f"waiting for room: {self._needs()}; the cluster has {self._has()}, part of it perhaps taken. "
+            f"Giving up after {self._config.wait_for_room_s:g} s (cluster.wait_for_room_s)"
+        )
+
+    def _fewer(self, bounds: WorkerBounds) -> int:
+        """The workers that can be placed now; 0 where that is less than the least."""
+        number = self.more(0)
+        if number < bounds.min:
+            return 0
+        with self._asked_for(number, self._kept_out()) as is_there:
+            return number if is_there(_PLACE_S) else 0
+
+    @contextmanager
+    def _asked_for(self, num_workers: int, out: frozenset[str]) -> Iterator[Callable[[float], bool]]:
+        """What says, after so many seconds at most, whether these workers have their place, on none of those
+        machines."""
+        from ray.util import placement_group, remove_placement_group
+
+        where = [_all_but(out)] * num_workers if out else None
+        group = placement_group([self.bundle] * num_workers, strategy="PACK", bundle_label_selector=where)
+        try:
+            yield lambda seconds: bool(group.wait(seconds))
+        finally:
+            remove_placement_group(group)
+
+    def _staying(self) -> dict[str, ray_nodes.Resources]:
+        """The machines that may get workers."""
+        out = self._kept_out()
+        return {node: has for node, has in ray_nodes.staying().items() if node not in out}
+
+    def _large_enough(self) -> list[str]:
+        """For a worker at least, were they empty."""
+        return [node for node, has in ray_nodes.staying().items() if ray_nodes.bundles_that_fit([has], self.bundle)]
+
+    def _kept_out(self) -> frozenset[str]:
+        return self._reach.kept_out(self._large_enough()) if self._reach is not None else frozenset()
+
+    def _needs(self) -> str:
+        per_worker = " and ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
+        bounds = self._config.workers
+        name, number = ("workers.min", bounds.min) if bounds else ("num_workers", self._config.num_workers)
+        return f"cluster.{name}={number} with {per_worker} each"
+
+    def _has(self) -> str:
+        nodes = (f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in self._staying().values())
+        return "; ".join(nodes) or "no node"
+
+    def close(self) -> None:
+        if self._reach is not None:
+            self._reach.close()
+
+
+def _all_but(nodes: frozenset[str]) -> dict[str, str]:
+    """Ray's label selector."""
+    return {"ray.io/node-id": f"!in({','.join(sorted(nodes))})"} if nodes else {}
