@@ -1,12 +1,14 @@
-# Every target sets up .venv by itself. Ray's telemetry is off and its auth mode explicit in all of them.
+# Every target sets up .venv by itself. Ray's telemetry is off in all of them. A Ray that Baton starts has a token of its
+# own; those of tests and benchmarks have none, unless they say so.
 PYTHON ?= python3
 TEST_WORKERS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 export RAY_USAGE_STATS_ENABLED := 0
-export RAY_AUTH_MODE ?= disabled
 export TOKENIZERS_PARALLELISM := false
+
+test test-unit bench bench-gpu chaos faults soak: export RAY_AUTH_MODE ?= disabled
 
 .PHONY: install quickstart test test-unit lint format bench bench-gpu chaos faults soak schema clean
 

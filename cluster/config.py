@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
@@ -44,7 +45,9 @@ class ClusterConfig(ConfigModel):
         None, description="Instead of `num_workers`, for launcher=ray: go on with fewer when nodes are lost, grow back."
     )
     cpus_per_worker: float = Field(1, gt=0, description="CPU slots that a worker asks Ray for.")
-    use_gpu: bool | None = Field(None, description="Default: GPUs if the cluster has any.")
+    use_gpu: bool | None = Field(
+        None, description="Default: GPUs if the cluster has any, or has some within `wait_for_capacity_s`."
+    )
     gpu_memory_gib: float | None = Field(
         None, gt=0, description="Memory of one GPU, for `baton plan`. Default: this machine's, if it has a GPU."
     )
@@ -52,7 +55,7 @@ class ClusterConfig(ConfigModel):
         None, ge=1, description="Workers that share a node's memory, for `baton plan`. Default: up to 8."
     )
     wait_for_capacity_s: float = Field(
-        15, ge=0, description="Seconds to wait for nodes before a job that can't be placed is refused."
+        15, ge=0, description="Seconds to wait for nodes before a new run that can't be placed is refused."
     )
     wait_for_room_s: float = Field(
         3600, ge=0, description="Seconds to wait, before each attempt, for lost nodes to come back or others to finish."
@@ -86,6 +89,16 @@ class ClusterConfig(ConfigModel):
         if isinstance(values, dict) and "num_workers" not in values and isinstance(values.get("workers"), dict):
             return values | {"num_workers": values["workers"].get("max", 1)}
         return values
+
+    @model_validator(mode="after")
+    def _check_notices(self) -> ClusterConfig:
+        if self.notice_file is not None and not Path(self.notice_file).is_absolute():
+            raise ValueError(
+                f"notice_file={self.notice_file!r} must begin with /: workers have other working folders than this one"
+            )
+        if self.notice_port and self.launcher == Launcher.PROCESSES:
+            raise ValueError("notice_port is for launcher=ray; processes of one machine take notice_file, or SIGTERM")
+        return self
 
     @model_validator(mode="after")
     def _check_workers(self) -> ClusterConfig:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from trainer.errors import OutOfMemory
 from trainer.hang import Hang
 from trainer.run_directory import WorkerError
 
@@ -116,6 +117,10 @@ def _is_same(one: WorkerError | None, other: WorkerError) -> bool:
     return _NUMBERS.sub("#", one.message) == _NUMBERS.sub("#", other.message)
 
 
+def _places_of_errors(history: Sequence[AttemptEnd]) -> set[tuple[str, int | None]]:
+    return {(end.error.type, end.error.step) for end in history if end.error}
+
+
 def _crash_loop(history: Sequence[AttemptEnd]) -> str:
     """Why going on would be a crash loop, in words; nothing where it would not.
 
@@ -125,8 +130,7 @@ def _crash_loop(history: Sequence[AttemptEnd]) -> str:
     last = history[-1].error
     if last is None or last.step is None:
         return ""
-    before = [(end.error.type, end.error.step) for end in history[:-1] if end.error]
-    if last.recurs and (last.type, last.step) in before:
+    if last.recurs and (last.type, last.step) in _places_of_errors(history[:-1]):
         return f"a crash loop: step {last.step} failed in the same way after going back, so no machine is at fault"
     times = 0
     for end in reversed(history):
@@ -141,10 +145,14 @@ def _crash_loop(history: Sequence[AttemptEnd]) -> str:
 
 
 def _is_of_a_machine(history: Sequence[AttemptEnd]) -> bool:
-    """Whether what the last attempt refused before its first step was good for one before it: then it is a machine
-    that came since and lacks a mount, a base or a GPU's driver."""
+    """Whether what the last attempt refused before its first step, or had no memory for, was good for one before it:
+    then it is a machine that came since and lacks a mount, a base or a GPU's driver, or whose memory others hold."""
     error, begun_at = history[-1].error, history[-1].start_step
-    return error is not None and error.bad_input and error.step is None and begun_at > history[0].start_step
+    if error is None or begun_at <= history[0].start_step:
+        return False
+    if error.type == OutOfMemory.__name__:  # fewer workers, each of which holds more, may lack it, too: then it recurs
+        return (error.type, error.step) not in _places_of_errors(history[:-1])
+    return error.bad_input and error.step is None
 
 
 def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *, stop_wanted: bool) -> Decision:
@@ -157,9 +165,11 @@ def decide(history: Sequence[AttemptEnd], max_failures_without_progress: int, *,
     if last.kind == EndKind.FINISHED:
         return Decision(Action.FINISH, last.ended_early or ALL_STEPS_DONE)
     stopped = _stopped_on_request(last.committed_step)
-    if last.kind == EndKind.STOPPED:
-        return stopped if stop_wanted or not last.making_way else Decision(Action.RETRY, last.making_way)
-    cause = _cause(last)
+    if last.kind == EndKind.STOPPED and stop_wanted:
+        return stopped
+    if last.kind == EndKind.STOPPED and last.making_way:
+        return Decision(Action.RETRY, last.making_way)
+    cause = _cause(last) if last.kind == EndKind.FAILED else "its workers saved and stopped, and could not tell why"
     if last.error and last.error.disk_full:
         return Decision(Action.STOP_RESUMABLE, cause)
     if last.error and not (last.error.retryable or _is_of_a_machine(history)):

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.config import ClusterConfig, Launcher, MetricsConfig
 from cluster.run_monitor import Monitor
+from data_shards.errors import BatonError
 from trainer.config import WorkerSpec
 from trainer.run_directory import Say, StopRequest
+
+
+class ClusterFailed(BatonError):
+    """What the workers were to run on."""
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a launcher should know of a run before it."""
+
+    has_begun: bool = False
+    on_gpus: bool | None = None
+    """whether it trained on GPUs; None: it has not trained yet"""
+
+
+NEW = Past()
 
 
 class WorkerLauncher(Protocol):
     """Runs the workers of one attempt at a time."""
 
-    def check_capacity(self, *, on_gpus: bool = False) -> None:
-        """Called once, before data is prepared. Raises BadInput, saying what is wanted and what there is.
+    def check_capacity(self, past: Past = NEW) -> None:
+        """Called once; for a new run before data is prepared. Raises BadInput, saying what is wanted and what there is.
 
         Args:
-            on_gpus: the run has trained on GPUs so far, so it does not go on without unless that is said.
+            past: of the run. One that has begun is not refused where its machines may still come: they are waited for
+                as before any attempt. One that has trained on GPUs does not go on without, unless that is said.
         """
         ...
 
@@ -66,9 +85,19 @@ def _make_launcher(config: ClusterConfig) -> WorkerLauncher:
 
 @contextmanager
 def launching(config: ClusterConfig) -> Iterator[WorkerLauncher]:
-    """A launcher that is closed in the end."""
+    """A launcher that is closed in the end.
+
+    Raises ClusterFailed for what Ray raises meanwhile, so that nobody is shown a traceback of Ray's.
+    """
     launcher = _make_launcher(config)
     try:
         yield launcher
+    except Exception as error:
+        if isinstance(error, BatonError) or type(error).__module__.partition(".")[0] != "ray":
+            raise
+        raise ClusterFailed(
+            f"the Ray cluster failed: {type(error).__name__}: {str(error).strip()[:500]}. Nothing committed is lost; "
+            "run the same command again once the cluster is well"
+        ) from error
     finally:
         launcher.close()

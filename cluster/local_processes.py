@@ -15,12 +15,16 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import NoReturn
 
 from cluster.config import ClusterConfig, MetricsConfig
+from cluster.launcher import NEW, Past
 from cluster.run_monitor import Monitor, NoMonitor
 from data_shards.errors import BadInput
 from data_shards.processes import end_with_parent
@@ -68,14 +72,14 @@ class LocalProcesses:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
 
-    def check_capacity(self, *, on_gpus: bool = False) -> None:
+    def check_capacity(self, past: Past = NEW) -> None:
         """One GPU a worker where GPUs are used; CPU workers may share cores."""
         import torch
 
         gpus = torch.cuda.device_count()
         if self._config.use_gpu and not gpus:
             raise BadInput("cluster.use_gpu=true, but this machine has no GPU")
-        if on_gpus and not gpus and self._config.use_gpu is None:
+        if past.on_gpus and not gpus and self._config.use_gpu is None:
             raise BadInput(f"this machine has no GPU; {NO_MORE_GPUS}")
         if gpus and self._config.use_gpu is not False and self._config.num_workers > gpus:
             raise BadInput(
@@ -174,8 +178,15 @@ def run_rank(spec: Mapping[str, object], environment: Mapping[str, str], metrics
         run_worker(WorkerSpec.model_validate(spec), metrics)
     except Exception:
         traceback.print_exc()
-        sys.stderr.flush()
-        os._exit(1)  # at once: the others wait for this rank as long as a thread that does not end keeps its process
+        _leave(1)
+    _leave(0)
+
+
+def _leave(code: int) -> NoReturn:
+    """At once: driver and ranks wait for this one as long as a thread that does not end keeps its process."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:
@@ -183,8 +194,9 @@ def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:
     called all the while."""
     deadline: float | None = None
     try:
-        for worker in workers:
-            worker.start()
+        with _sigterm_masked():
+            for worker in workers:
+                worker.start()
         while any(worker.exitcode is None for worker in workers):
             if deadline is None and any(worker.exitcode for worker in workers):
                 deadline = time.monotonic() + GRACE_S
@@ -199,6 +211,18 @@ def _run(workers: Sequence[BaseProcess], look: Callable[[], None]) -> str:
                 worker.kill()
                 worker.join(KILL_S)
     return "; ".join(lost)
+
+
+@contextmanager
+def _sigterm_masked() -> Iterator[None]:
+    """For processes that are started meanwhile: many send SIGTERM to all processes of a command (`ray job stop`,
+    `timeout`, systemd), and theirs is to save what the driver then asks them to. SIGKILL still ends them."""
+    resource_tracker.ensure_running()  # the first process starts it, and that takes the mask off
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def describe(exitcode: int) -> str:

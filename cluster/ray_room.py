@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from cluster import ray_nodes
 from cluster.config import ClusterConfig, WorkerBounds
+from cluster.launcher import NEW, Past
 from cluster.local_processes import NO_MORE_GPUS
 from cluster.ray_reach import Reach
 from data_shards.errors import BadInput
@@ -23,9 +24,11 @@ _PLACE_S = 10.0
 class Room:
     """For the workers of one submission."""
 
-    def __init__(self, config: ClusterConfig) -> None:
+    def __init__(self, config: ClusterConfig, *, others_may_join: bool = True) -> None:
         self._config = config
+        self._others_may_join = others_may_join
         self._reach: Reach | None = None
+        self._past = NEW
         self.use_gpu = False
 
     @property
@@ -33,25 +36,29 @@ class Room:
         """What each worker takes."""
         return {"CPU": self._config.cpus_per_worker} | ({"GPU": 1.0} if self.use_gpu else {})
 
-    def check_capacity(self, *, on_gpus: bool) -> None:
-        """Waits ``wait_for_capacity_s`` for nodes that may still be joining. As ``WorkerLauncher.check_capacity``."""
+    def check_capacity(self, past: Past) -> None:
+        """As ``WorkerLauncher.check_capacity``. Waits ``wait_for_capacity_s`` for nodes that may still be joining, also
+        for a first one with GPUs, where it is not said whether to use them."""
+        self._past = past
         deadline = time.monotonic() + self._config.wait_for_capacity_s
+        said = True if self._config.use_gpu is None and past.on_gpus else self._config.use_gpu
         while True:
-            nodes = self._staying().values()
+            nodes = ray_nodes.staying().values()
             has_gpu = any(node.get("GPU", 0) for node in nodes)
-            self.use_gpu = (has_gpu or on_gpus) if self._config.use_gpu is None else self._config.use_gpu
+            self.use_gpu = has_gpu if said is None else said
+            is_known = self.use_gpu or said is not None or past.on_gpus is not None or not self._others_may_join
             room = ray_nodes.bundles_that_fit(nodes, self.bundle)
-            if room >= self._config.min_workers:
+            is_enough = room >= self._config.min_workers or (past.has_begun and self._others_may_join)
+            if is_enough and is_known:
                 return
             if time.monotonic() >= deadline:
                 break
             time.sleep(0.5)
-        if on_gpus and not has_gpu and self._config.use_gpu is None:
-            raise BadInput(f"the cluster has no GPU ({self._has()}); {NO_MORE_GPUS}")
-        raise BadInput(
-            f"{self._needs()} can't be placed: the cluster has {self._has()}, room for {room}. Use fewer workers, set "
-            "cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"
-        )
+        if not is_enough:
+            raise BadInput(
+                f"{self._needs()} can't be placed: the cluster has {self._has()}, room for {room}. Use fewer workers, "
+                "set cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"
+            )
 
     def check_reach(self, spec: WorkerSpec, say: Say) -> None:
         """As ``WorkerLauncher.check_reach``; machines that join later are asked as they come."""
@@ -139,7 +146,8 @@ class Room:
         per_worker = " and ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
         bounds = self._config.workers
         name, number = ("workers.min", bounds.min) if bounds else ("num_workers", self._config.num_workers)
-        return f"cluster.{name}={number} with {per_worker} each"
+        gpus = f" ({NO_MORE_GPUS})" if self._past.on_gpus and self._config.use_gpu is None else ""
+        return f"cluster.{name}={number} with {per_worker} each{gpus}"
 
     def _has(self) -> str:
         nodes = (f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in self._staying().values())

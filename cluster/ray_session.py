@@ -25,12 +25,14 @@ from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 from cluster.local_processes import GRACE_S, KILL_S, describe, free_port_at, run_rank, start_method
+from trainer import oom_kills
 from trainer.config import WorkerSpec
 from trainer.metrics import MetricsSink, Report
 
 _LOOK_S = 0.1
 _ANSWER_S = 60.0
 """For the board to answer; it does nothing else."""
+_STAYS = "could not be ended"
 
 
 class Order(NamedTuple):
@@ -137,6 +139,7 @@ def _run_child(order: Order, environment: Mapping[str, str], board: Any) -> str:
     context = start_method(environment.get("CUDA_VISIBLE_DEVICES", "") != "")
     reports, sending = context.Pipe(duplex=False)
     child = context.Process(target=run_rank, args=(order.spec, dict(environment), _PipeSink(sending)))
+    kills_before = oom_kills.count()
     with _without_main_file():
         child.start()
     sending.close()
@@ -153,8 +156,10 @@ def _run_child(order: Order, environment: Mapping[str, str], board: Any) -> str:
                 break
     relay.join(5)
     if child.exitcode is None:
-        return f"could not be ended: process {child.pid} outlives SIGKILL"
-    return describe(child.exitcode) if child.exitcode else ""
+        return f"{_STAYS}: process {child.pid} outlives SIGKILL"
+    if not child.exitcode:
+        return ""
+    return "; ".join(filter(None, [describe(child.exitcode), oom_kills.told(kills_before)]))
 
 
 @contextmanager
@@ -200,7 +205,7 @@ class Session:
         self._fit = fit
         self.num_workers = num_workers
         self.lost = False
-        """whether a supervisor no longer answers"""
+        """whether a supervisor no longer answers, or a rank could not be ended"""
         self._orders = 0
 
     @property
@@ -234,6 +239,8 @@ class Session:
             if waited > GRACE_S:
                 self._ask("cut_off", number)
             time.sleep(_LOOK_S)
+        if any(how.startswith(_STAYS) for how in ends.values()):  # it holds its GPU
+            self.lost = True
         return "; ".join(f"rank {rank} {how}" for rank, how in sorted(ends.items()) if how)
 
     def close(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,11 +16,13 @@ from typing import Any
 
 from cluster import ray_nodes
 from cluster.config import ClusterConfig, MetricsConfig
+from cluster.launcher import NEW, Past
 from cluster.notice_server import NoticeServer
 from cluster.ray_room import Room
 from cluster.ray_session import Session, open_board, supervise
 from cluster.ray_watch import Watch
 from cluster.run_monitor import Monitor, NoMonitor, start_monitor
+from data_shards.errors import BadInput
 from data_shards.storage import Storage
 from trainer.config import WorkerSpec
 from trainer.run_directory import RunDirectory, Say, StopKind, StopRequest
@@ -69,11 +73,10 @@ def _backend() -> Any:
 
 
 def connect(slots: int) -> bool:
-    """To the cluster around us, else to an embedded one of so many CPUs. Returns whether it is embedded."""
-    import ray
+    """To the cluster around us, else to an embedded one of so many CPUs. Returns whether it is embedded.
 
-    # Said explicitly: a local Ray would else turn token auth on and write a token for every later cluster.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    Raises BadInput where a cluster is around us, and does not answer or does not take our token.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray Train would else show every line that a worker prints twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
@@ -81,9 +84,36 @@ def connect(slots: int) -> bool:
     # Ray Train's own way with drains: at the deadline, or two minutes after a drain without one, it kills the workers,
     # whether or not they have saved. Ours is Watch.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-    if has_cluster():
+    with _own_sigterm():
+        if has_cluster():
+            _join()
+            return False
+        _embed(slots)
+        return True
+
+
+def _join() -> None:
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    import ray
+    from ray.exceptions import AuthenticationError
+
+    try:
         ray.init(address="auto", log_to_driver=True)
-        return False
+    except (OSError, RuntimeError, AuthenticationError) as error:
+        raise BadInput(
+            f"RAY_ADDRESS={address}: the Ray cluster can't be joined ({str(error).strip().splitlines()[0]}). Is it "
+            "there, and reached from here? If it wants a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
+            "RAY_AUTH_TOKEN_PATH to its own"
+        ) from error
+
+
+def _embed(slots: int) -> None:
+    if "RAY_AUTH_MODE" not in os.environ:
+        # Its ports are open to whoever reaches this machine, and who may speak to them may run code. Said before Ray is
+        # imported, which would else write a token for every later cluster of this user.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+
     # Else one idle worker a CPU, of no use to training, whose workers get an environment of their own.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -95,7 +125,18 @@ def connect(slots: int) -> bool:
     logging.root.setLevel(level)
     logging.root.handlers[:] = handlers
     logging.getLogger("ray").setLevel(logging.ERROR)
-    return True
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """``ray.init`` takes the signal, to exit with 15, which is in nobody's table of exit codes."""
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if is_main and handler is not None:
+            signal.signal(signal.SIGTERM, handler)
 
 
 @contextmanager
@@ -125,12 +166,12 @@ def room_was_taken(error: Exception, room: Room, num_workers: int) -> bool:
 class RayTrain:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
-        self._room = Room(config)
         self._monitor: Monitor = NoMonitor()
         self._session: Session | None = None
         self._is_left = False
         """whether an attempt has made way for one on other machines"""
         self._embedded = connect(max(os.cpu_count() or 1, int(config.num_workers * config.cpus_per_worker)))
+        self._room = Room(config, others_may_join=not self._embedded)
         self._notices = NoticeServer(config.notice_port, self._take_notice) if config.notice_port else None
 
     def _take_notice(self, name: str, seconds_left: float | None) -> bool:
@@ -150,8 +191,8 @@ class RayTrain:
         except (RayError, OSError, RuntimeError) as error:  # the next attempt may be placed there, and leave it again
             log.warning("Ray could not be told to place nothing on node %s: %s", node, error)
 
-    def check_capacity(self, *, on_gpus: bool = False) -> None:
-        self._room.check_capacity(on_gpus=on_gpus)
+    def check_capacity(self, past: Past = NEW) -> None:
+        self._room.check_capacity(past)
 
     def check_reach(self, spec: WorkerSpec, say: Say) -> None:
         self._room.check_reach(spec, say)

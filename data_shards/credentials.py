@@ -18,6 +18,11 @@ _INSTEAD = (
 )
 
 
+def may_be_secret(name: str) -> bool:
+    """Whether what has this name should not be shown (pure)."""
+    return _TELLING.search(name) is not None
+
+
 def secret_in(uri: str) -> str | None:
     """Which part of a URI is a secret, in words that do not give it away; None where none is (pure)."""
     if "://" not in uri:
@@ -25,7 +30,7 @@ def secret_in(uri: str) -> str | None:
     place, _, options = uri.partition("?")
     if _PASSWORD.match(place):
         return "a password before the @"
-    named = next((name for name, _ in parse_qsl(options) if _TELLING.search(name)), None)
+    named = next((name for name, _ in parse_qsl(options) if may_be_secret(name)), None)
     return f"the option {named}" if named else None
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from cluster.config import ClusterConfig, MetricsConfig
 from data_shards.config import ConfigModel, DataConfig, SourceConfig
-from data_shards.credentials import refuse_secrets
+from data_shards.credentials import may_be_secret, refuse_secrets
 from data_shards.errors import BadInput
 from trainer.config import TrainerConfig
 
@@ -161,7 +161,8 @@ def _explain(problem: Any) -> str:
         near = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
         elsewhere = [f for f in _all_keys() if f.rpartition(".")[2] == str(name)]
         hint = " or ".join(near + elsewhere) or f"one of {', '.join(known)}"
-        return f"{key}: unknown key (value {problem['input']!r}); did you mean {hint}?"
+        value = "a secret, perhaps, not shown" if may_be_secret(str(name)) else repr(problem["input"])
+        return f"{key}: unknown key (value {value}); did you mean {hint}?"
     if problem["type"] == "missing":
         return f"{key}: is required and missing"
     return f"{key}: {problem['msg']} (value {problem['input']!r})"

@@ -12,7 +12,7 @@ if __package__ in (None, ""):  # as a script: `python launch/finetune.py`
 
 from cluster.attempts import run_attempts
 from cluster.failures import Action
-from cluster.launcher import WorkerLauncher, launching
+from cluster.launcher import Past, WorkerLauncher, launching
 from cluster.lease import Lease, holding
 from cluster.run_metrics import RunState
 from data_shards.errors import BadInput, BatonError
@@ -125,7 +125,8 @@ def dry_run(config: Config) -> int:
 def carry_on(config: Config, lease: Lease) -> int:
     """From wherever the run stands to its end, or to what ends this submission."""
     with launching(config.cluster) as launcher:
-        launcher.check_capacity(on_gpus=has_trained_on_gpus(open_run(config)))
+        if not open_run(config).lineage():
+            launcher.check_capacity()
         job = make_job(config, say)
         describe(job)
         action = train(job, launcher, lease)
@@ -144,6 +145,8 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
     if standing.why_finished:
         tell_finished(job, standing, say)
         return Action.FINISH
+    if job.run.lineage():  # a new run's was checked before its data was prepared
+        launcher.check_capacity(Past(has_begun=True, on_gpus=has_trained_on_gpus(job.run)))
     check_fits(job, standing)
     launcher.check_reach(job.spec("", standing.newest), say)
     monitor = launcher.open_monitor(job.config.run.name, job.run.storage.uri, job.config.metrics)

@@ -42,7 +42,8 @@ def _download(config: ModelConfig) -> Path:
     except GatedRepoError as error:
         raise ModelError(
             f"model.base={config.base!r} is gated: accept its licence on its hub page with your account, then set "
-            f"HF_TOKEN (for a Ray job through runtime_env env_vars, on Kubernetes as a secret). The hub said: {error}"
+            "HF_TOKEN in the environment of the machines (on Kubernetes from a secret; not in a Ray job's runtime_env, "
+            f"which the Jobs API shows to all). The hub said: {error}"
         ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         status = getattr(getattr(error, "response", None), "status_code", None)

@@ -65,3 +65,14 @@ class NonFiniteAgain(NonFiniteStep):
     retryable = True
     recurs = True
     """else the next attempt has it at the same step, and is the last"""
+
+
+class OutOfMemory(BatonError):
+    """A worker needs more memory than there is; the same step would need it again."""
+
+
+class OutOfMemoryLate(OutOfMemory):
+    """After many steps that fitted: fragmentation, or a neighbour. Another attempt has memory that is whole."""
+
+    retryable = True
+    recurs = True

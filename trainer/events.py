@@ -69,13 +69,13 @@ class EventLog:
             write_json(self._folder, f"{int(now * 1000):013d}-{kind.value}-{uuid.uuid4().hex[:12]}.json", asdict(event))
 
 
-def has_trained_on_gpus(run: RunDirectory) -> bool:
-    """Whether the newest attempt that came to train did so on GPUs."""
+def has_trained_on_gpus(run: RunDirectory) -> bool | None:
+    """Whether the newest attempt that came to train did so on GPUs; None where none has."""
     for start in reversed(run.lineage()):
         for event in read_events(run, start.attempt):
             if event.kind == EventKind.TRAINING:
                 return event.details.get("device") == "cuda"
-    return False
+    return None
 
 
 def read_events(run: RunDirectory, attempt: str) -> list[Event]:

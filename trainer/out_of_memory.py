@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from data_shards.config import DataConfig
-from data_shards.errors import BatonError
 from trainer.activation_memory import Device
 from trainer.base_location import locate_base
 from trainer.config import TrainerConfig, WorkerSpec
+from trainer.errors import OutOfMemory, OutOfMemoryLate
 from trainer.memory_plan import GIB, MemoryPlan, Workload, memory_plan
 from trainer.model import model_config
 from trainer.model_shape import model_shape
@@ -27,17 +27,6 @@ than its size."""
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator: (?:can't|not enough)|CUDA(?: error:)? out of memory|Cannot allocate memory"
 )
-
-
-class OutOfMemory(BatonError):
-    """A worker needs more memory than there is; the same step would need it again."""
-
-
-class OutOfMemoryLate(OutOfMemory):
-    """After many steps that fitted: fragmentation, or a neighbour. Another attempt has memory that is whole."""
-
-    retryable = True
-    recurs = True
 
 
 @dataclass(frozen=True)

@@ -47,22 +47,22 @@ class StopSignal:
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
+            # Before anything is asked of the storage, or told there: that may take as long as there is.
+            if self._request is None and self._notice_file is not None and is_there(self._notice_file):
+                self._request = _of_file(self._notice_file)
+                self._tell(self._request)
             with suppress(OSError):  # the storage is away for a moment; asking again costs nothing
                 self._request = self._asked() or self._request
-            if self._request is None and self._notice_file is not None and is_there(self._notice_file):
-                self._request = self._noticed(self._notice_file)
 
     def _asked(self) -> StopRequest | None:
         return self._run.stop_request(self._attempt) if self._rank == 0 else None
 
-    def _noticed(self, path: Path) -> StopRequest:
-        request = StopRequest(f"{path} is there on {socket.gethostname()}", StopKind.PREEMPTED, deadline_in(path))
+    def _tell(self, request: StopRequest) -> None:
         with suppress(OSError):  # for the driver, which then goes on elsewhere
             self._run.notify(self._attempt, self._rank, self._node, request)
         EventLog(self._run, self._attempt, self._rank).record(
             EventKind.NOTICE, request.reason, deadline=request.deadline
         )
-        return request
 
     @property
     def requested(self) -> bool:
@@ -78,6 +78,10 @@ class StopSignal:
 
     def close(self) -> None:
         self._closed.set()
+
+
+def _of_file(notice: Path) -> StopRequest:
+    return StopRequest(f"{notice} is there on {socket.gethostname()}", StopKind.PREEMPTED, deadline_in(notice))
 
 
 def is_there(notice: Path) -> bool:

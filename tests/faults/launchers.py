@@ -15,7 +15,7 @@ import trainer.run_directory
 from launch.exit_codes import ExitCode
 from tests.faults.bench import AT, EVERY, STEPS, Bench, Fired, Mark, Result, Trial, before_steps, rank
 from tests.faults.processes import kill_driver
-from tests.support.command import Command, slowed_tree
+from tests.support.command import Command, descendants, slowed_tree
 
 DAY_S = 86_400.0
 
@@ -108,7 +108,7 @@ def head_dies(bench: Bench) -> Result:
     first = under_ray(trial, 1.5, RAY_gcs_rpc_server_reconnect_timeout_s="2")
     try:
         first.wait_for(rf"step {AT}/{STEPS} ")
-        stores = [pid for pid in _descendants(first.process.pid) if "gcs_server" in _command_line(pid)]
+        stores = [pid for pid in descendants(first.process.pid) if "gcs_server" in _command_line(pid)]
         assert len(stores) == 1, stores
         os.kill(stores[0], signal.SIGKILL)
         code = first.finish(120)
@@ -126,20 +126,6 @@ def head_dies(bench: Bench) -> Result:
         result.lost_steps,
         result.recovery_s,
     )
-
-
-def _descendants(pid: int) -> list[int]:
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            with suppress(OSError):
-                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-    found, todo = [], [pid]
-    while todo:
-        children = [child for child, parent in parents.items() if parent == todo[0]]
-        found += children
-        todo = [*todo[1:], *children]
-    return found
 
 
 def _command_line(pid: int) -> str:

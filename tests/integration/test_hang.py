@@ -123,6 +123,17 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_a_thread_that_does_not_end_keeps_no_run(
+    workshop: Workshop, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """All is done then: a process that stays would keep the command, its GPU, and the export from beginning."""
+    mark = tmp_path / "fired"
+    install(monkeypatch, Fault.NEVER_ENDS, mark, rank=1, step=AT)
+    config = write_config(workshop.data, values, "never-ends")
+    done = run_here(finetune.main, "--config", str(config))
+    assert mark.exists() and done.code == 0 and "finished: all steps are done" in done.output, done.output
+
+
 def test_under_ray_a_stopped_worker_does_not_stay(
     workshop: Workshop, values: dict[str, Any], undisturbed: RunFiles, tmp_path: Path
 ) -> None:
@@ -132,7 +143,7 @@ def test_under_ray_a_stopped_worker_does_not_stay(
     command = Command("finetune", "--config", str(config), tree=slowed_tree(tmp_path, 0.3), cwd=tmp_path)
     try:
         command.wait_for(rf"step {AT}/{STEPS} ")
-        pid = int(re.findall(r"worker rank 1 of 2: pid (\d+)", command.output)[-1])
+        pid = int(command.wait_for(r"worker rank 1 of 2: pid (\d+)")[1])  # Ray passes lines on when it likes
         os.kill(pid, signal.SIGSTOP)
         command.wait_for(r"attempt 1 failed \(Hang: .*Rank 1 did not report", timeout_s=90)
         command.wait_for(r"attempt 2 \(\w+\): resuming from step [\s\S]* step \d+/", timeout_s=90)

@@ -130,6 +130,7 @@ def voyage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iter
             workshop,
             workers=bounds,
             cpus_per_worker=1,
+            use_gpu=False,
             wait_for_capacity_s=60,
             notice_file=str(net.disk / "leaving"),
             notice_port=NOTICE_PORT,

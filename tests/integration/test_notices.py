@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from launch import finetune
 from tests.integration.conftest import Workshop
-from tests.support.command import Command, RunFiles, run_here, slowed_tree, write_config
+from tests.support.command import Command, RunFiles, descendants, run_here, slowed_tree, write_config
 from trainer.events import read_events
 from trainer.run_directory import RunDirectory
 
@@ -103,6 +104,23 @@ def test_a_file_on_the_machine_stops_a_run_that_has_no_other(workshop: Workshop,
     saved = events_of(files, 1)["saved"]["step"]
     assert files.result["step"] == saved >= step
     (tmp_path / "leaving").unlink()
+    assert f"resuming from step {saved}" in carried_on(config)
+
+
+def test_a_signal_to_all_of_its_processes_loses_no_step(workshop: Workshop, slow: Path) -> None:
+    """As `ray job stop`, `timeout` and systemd send it."""
+    config = write_config(workshop.data, values_of(workshop), "all-signalled")
+    command = Command("finetune", "--config", str(config), tree=slow, cwd=slow.parent)
+    step = EVERY + 3
+    command.wait_for(f"step {step}/40 ")
+    processes = [command.process.pid, *descendants(command.process.pid)]
+    assert len(processes) >= 4, "with its fork server and two workers"
+    for pid in reversed(processes):
+        os.kill(pid, signal.SIGTERM)
+    assert command.finish(60) == 75, command.output
+    files = RunFiles(workshop.data / "runs" / "all-signalled")
+    saved = events_of(files, 1)["saved"]["step"]
+    assert files.result["step"] == saved >= step and saved == max(files.steps())
     assert f"resuming from step {saved}" in carried_on(config)
 
 

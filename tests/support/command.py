@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,3 +188,18 @@ def write_config(folder: Path, values: dict[str, Any], name: str = "run") -> Pat
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def descendants(pid: int) -> list[int]:
+    """Pids of the living processes below this one, parents first."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with suppress(OSError):
+                parents[int(entry.name)] = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+    found, todo = [], [pid]
+    while todo:
+        children = [child for child, parent in parents.items() if parent == todo[0]]
+        found += children
+        todo = [*todo[1:], *children]
+    return found

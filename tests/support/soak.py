@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 from launch import finetune
 from launch.quickstart_inputs import make_inputs
-from tests.support.command import Command, RunFiles, run_here, write_config
+from tests.support.command import Command, RunFiles, descendants, run_here, write_config
 from tests.support.disk import disk_of
 from trainer.run_directory import RunDirectory
 from trainer.survey import survey
@@ -123,7 +123,6 @@ class Soak:
         return {
             "SIGKILL of a worker": lambda: self._signal_worker(signal.SIGKILL),
             "SIGSEGV of a worker": lambda: self._signal_worker(signal.SIGSEGV),
-            "SIGTERM of a worker": lambda: self._signal_worker(signal.SIGTERM),
             "SIGSTOP of a worker": lambda: self._signal_worker(signal.SIGSTOP),
             "SIGKILL of both workers": self._kill_both,
             "SIGTERM of the driver": self._stop_driver,
@@ -133,8 +132,11 @@ class Soak:
             "a second launcher": self._launch_twice,
             "a launcher that takes the run over": self._take_over,
             "`baton stop`": self._stop_by_name,
-            **({"a notice by a file": self._give_notice} if self.launcher == "processes" else {}),
+            **(self._faults_of_processes() if self.launcher == "processes" else {}),
         }
+
+    def _faults_of_processes(self) -> dict[str, Callable[[], None]]:
+        return {"SIGTERM of all its processes": self._stop_all, "a notice by a file": self._give_notice}
 
     def _workers(self) -> list[int]:
         """Pids of ranks 0 and 1."""
@@ -154,6 +156,13 @@ class Soak:
         self.command.process.send_signal(signal.SIGTERM)
         assert self.command.finish(_PATIENCE_S) == 75, self.command.output[-4000:]
         self.command = self._begun()
+
+    def _stop_all(self) -> None:
+        """Workers, and what starts them, leave it to the driver."""
+        for pid in descendants(self.command.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        self._stop_driver()
 
     def _kill_driver(self) -> None:
         self.command.kill()

@@ -37,6 +37,8 @@ class Fault(StrEnum):
     steps before ``until``"""
     NO_MEMORY = "no_memory"
     """a tensor larger than any machine, asked of the real allocator"""
+    NEVER_ENDS = "never_ends"
+    """a thread that does not end, and keeps the process from ending"""
     SLOW_EVALUATION = "slow_evaluation"
     """half a second for each micro batch of evaluations, on all ranks; no fault"""
 
@@ -101,6 +103,10 @@ def _never_joins() -> None:
     time.sleep(_FOR_EVER_S)
 
 
+def _never_ends() -> None:
+    threading.Thread(target=time.sleep, args=(_FOR_EVER_S,)).start()
+
+
 def _no_memory() -> None:
     import torch
 
@@ -143,6 +149,7 @@ _FAULTS = {
     Fault.STOPPED: _once(_stop),
     Fault.HOLDS_INTERPRETER: _once(_begin_holding_the_interpreter),
     Fault.NEVER_JOINS: _once(_never_joins),
+    Fault.NEVER_ENDS: _once(_never_ends),
     Fault.NO_MEMORY: _once(_no_memory),
     Fault.NAN: _nan,
     Fault.SLOW_EVALUATION: _slow_evaluation,

@@ -35,6 +35,9 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     [
         ("optimizer.learning_rate=1", r"optimizer\.learning_rate: unknown key \(value 1\)"),
         ("optimizer.weight_deca=1", r"did you mean weight_decay"),
+        ("hub_token=hf_12", r"hub_token: unknown key \(value a secret, perhaps, not shown\)"),
+        ("cluster.notice_file=leaving", r"cluster: .*notice_file='leaving' must begin with /"),
+        ("cluster={launcher: processes, notice_port: 1}", r"cluster: .*notice_port is for launcher=ray"),
         ("lr=1e-5", r"lr: unknown key.*did you mean.*optimizer\.lr"),
         ("training.global_batch=lots", r"training\.global_batch: .*integer.*'lots'"),
         ("training.epochs=1", r"exactly one of training\.steps and training\.epochs"),

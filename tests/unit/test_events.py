@@ -22,7 +22,7 @@ def test_events_come_back_in_their_order(tmp_path: Path) -> None:
 
 def test_the_newest_attempt_that_trained_tells_on_what(tmp_path: Path) -> None:
     run = RunDirectory.at(str(tmp_path))
-    assert not has_trained_on_gpus(run)
+    assert has_trained_on_gpus(run) is None
     parent = None
     for device in ("cpu", "cuda", None):  # the last one came to nothing
         parent = run.start_attempt(parent, None, ())
@@ -31,7 +31,7 @@ def test_the_newest_attempt_that_trained_tells_on_what(tmp_path: Path) -> None:
     assert has_trained_on_gpus(run)
     parent = run.start_attempt(parent, None, ())
     EventLog(run, parent.attempt).record(EventKind.TRAINING, "from step 0", device="cpu")
-    assert not has_trained_on_gpus(run)
+    assert has_trained_on_gpus(run) is False
 
 
 def test_what_is_damaged_or_unknown_is_left_out(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from trainer.errors import (
     DiskFull,
     NonFiniteAgain,
     NonFiniteStep,
+    OutOfMemory,
     SaveFailed,
     StepInvariantBroken,
 )
@@ -37,7 +38,7 @@ def action(*ends: AttemptEnd, limit: int = 2, stop: bool = False) -> Action:
 
 def test_ends() -> None:
     assert action(AttemptEnd(EndKind.FINISHED, 0, 9)) == Action.FINISH
-    assert action(AttemptEnd(EndKind.STOPPED, 0, 9)) == Action.STOP_RESUMABLE
+    assert action(AttemptEnd(EndKind.STOPPED, 0, 9), stop=True) == Action.STOP_RESUMABLE
     assert action(failed(0, 0), stop=True) == Action.STOP_RESUMABLE
 
 
@@ -78,6 +79,23 @@ def test_a_machine_that_came_later_does_not_make_the_input_bad() -> None:
     in_its_midst = at(7, BadInput("a row"), start=5, committed=5)
     assert action(trained, in_its_midst) == Action.BAD_INPUT
     assert action(failed(5, 5), failed(5, 5, BadInput("not shared"))) == Action.BAD_INPUT, "it may never have been good"
+
+
+def test_memory_that_was_enough_before_is_asked_for_once_more() -> None:
+    """A neighbour may hold it, or a process that can't be ended; fewer workers may each need more than there is."""
+    trained, short = failed(0, 5), at(6, OutOfMemory("no room for 2 GiB"), start=5, committed=5)
+    assert action(short) == Action.FAIL, "it may never have been enough"
+    assert action(trained, short) == Action.RETRY
+    again = decide([trained, short, short], 9, stop_wanted=False)
+    assert again.action == Action.FAIL and "no room for 2 GiB" in again.reason
+
+
+def test_workers_that_stop_for_a_notice_that_they_could_not_pass_on() -> None:
+    """Nobody has asked the run to stop; and it goes round only so often where nothing is done in between."""
+    stopped = AttemptEnd(EndKind.STOPPED, 0, 9)
+    assert action(stopped) == Action.RETRY
+    idle = [AttemptEnd(EndKind.STOPPED, 9, 9)] * 3
+    assert action(stopped, *idle[:2]) == Action.RETRY and action(stopped, *idle) == Action.FAIL
 
 
 def test_a_full_disk_stops_resumably() -> None:

@@ -22,6 +22,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from cluster import ray_nodes, ray_session, ray_watch
 from cluster.config import ClusterConfig, WorkerBounds
 from cluster.failures import Action, AttemptEnd, EndKind, decide
+from cluster.launcher import Past
 from cluster.notice_server import TOKEN, NoticeServer
 from cluster.ray_nodes import bundles_that_fit
 from cluster.ray_room import Room
@@ -79,11 +80,24 @@ def test_any_rank_sees_the_notice_on_its_machine_and_tells_the_driver(tmp_path: 
     time.sleep(1.2)
     assert not signal.requested and run.notices("a1") == {}
     file.write_text("25 seconds\n")
-    until(lambda: signal.requested)
-    assert 20 < signal.seconds_left <= 25
+    until(lambda: bool(run.notices("a1")))
+    assert signal.requested and 20 < signal.seconds_left <= 25
     ((node, request),) = run.notices("a1").items()
     assert node == "node-7" and request.kind == StopKind.PREEMPTED and str(file) in request.reason
     signal.close()
+
+
+def test_a_notice_is_heeded_though_the_storage_is_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is told there, and asked, is tried again for longer than there is."""
+    run, file, held = RunDirectory.at(str(tmp_path / "run")), tmp_path / "leaving", threading.Event()
+    for name in ("notify", "stop_request"):
+        monkeypatch.setattr(RunDirectory, name, lambda *_: held.wait(30) and None)
+    file.write_text("25")
+    signal = StopSignal(run, "a1", 0, str(file))
+    until(lambda: signal.requested)
+    assert 20 < signal.seconds_left <= 25 and not held.is_set()
+    signal.close()
+    held.set()
 
 
 @pytest.mark.parametrize(
@@ -172,18 +186,41 @@ def test_gpus_of_the_run_so_far_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
     """Nodes may still be joining."""
     there = [{"a": {"CPU": 8.0}}]
     monkeypatch.setattr(ray_nodes, "staying", lambda: there[-1])
-    room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0))
-    room.check_capacity(on_gpus=False)
+    on_gpus = Past(has_begun=True, on_gpus=True)
+    room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0), others_may_join=False)
+    room.check_capacity(Past())
     assert "GPU" not in room.bundle
-    with pytest.raises(BadInput, match=r"no GPU .*; the run has trained on GPUs so far"):
-        room.check_capacity(on_gpus=True)
+    with pytest.raises(BadInput, match=r"1 GPU each \(the run has trained on GPUs so far\. .* has 8 CPU, 0 GPU"):
+        room.check_capacity(on_gpus)
     room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=30))
-    threading.Timer(0.6, there.append, [{"a": {"CPU": 8.0}, "b": {"CPU": 8.0, "GPU": 2.0}}]).start()
-    room.check_capacity(on_gpus=True)
-    assert room.bundle["GPU"] == 1
+    room.check_capacity(on_gpus)
+    assert room.bundle["GPU"] == 1, "they are waited for before the attempt"
     room = Room(ClusterConfig(num_workers=2, use_gpu=False))
-    room.check_capacity(on_gpus=True)
+    room.check_capacity(on_gpus)
     assert "GPU" not in room.bundle, "on purpose"
+
+
+def test_gpus_that_come_a_little_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new run would else begin, and stay, on the processors of the head."""
+    there = [{"a": {"CPU": 8.0}}]
+    monkeypatch.setattr(ray_nodes, "staying", lambda: there[-1])
+    room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0.2))
+    room.check_capacity(Past())
+    assert "GPU" not in room.bundle, "none comes"
+    room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=30))
+    room.check_capacity(Past(has_begun=True, on_gpus=False))
+    assert "GPU" not in room.bundle, "it has trained without"
+    threading.Timer(0.6, there.append, [{"a": {"CPU": 8.0}, "b": {"CPU": 8.0, "GPU": 2.0}}]).start()
+    room.check_capacity(Past())
+    assert room.bundle["GPU"] == 1
+
+
+def test_a_run_that_has_begun_waits_for_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_nodes, "staying", lambda: {"a": {"CPU": 1.0}})
+    room = Room(ClusterConfig(num_workers=2, use_gpu=False, wait_for_capacity_s=0))
+    with pytest.raises(BadInput, match=r"cluster\.num_workers=2 with 1 CPU each can't be placed: .* room for 1"):
+        room.check_capacity(Past())
+    room.check_capacity(Past(has_begun=True))
 
 
 def test_room_that_others_took_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,7 +259,7 @@ def made_way(start: int, committed: int, kind: EndKind = EndKind.STOPPED) -> Att
 def test_a_run_goes_on_after_it_made_way() -> None:
     assert decide([made_way(0, 5)], 2, stop_wanted=False).action == Action.RETRY
     assert decide([made_way(0, 5)], 2, stop_wanted=True).action == Action.STOP_RESUMABLE
-    assert decide([AttemptEnd(EndKind.STOPPED, 0, 5)], 2, stop_wanted=False).action == Action.STOP_RESUMABLE
+    assert decide([AttemptEnd(EndKind.STOPPED, 0, 5)], 2, stop_wanted=True).action == Action.STOP_RESUMABLE
 
 
 def test_machines_that_go_before_anything_is_committed_are_no_failures() -> None:

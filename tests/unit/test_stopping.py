@@ -371,12 +371,11 @@ def test_an_end_that_is_cut_off_is_none(run: RunDirectory) -> None:
 def stand_in_for_carrying_on(monkeypatch: pytest.MonkeyPatch, train: Any, export: Any) -> None:
     @contextmanager
     def launching(config: Any) -> Iterator[Any]:
-        yield SimpleNamespace(check_capacity=lambda **_: None)
+        yield SimpleNamespace(check_capacity=lambda: None)
 
     for name, stand_in in (
         ("launching", launching),
-        ("open_run", lambda config: None),
-        ("has_trained_on_gpus", lambda run: False),
+        ("open_run", lambda config: SimpleNamespace(lineage=list)),
         ("make_job", lambda config, say: None),
         ("describe", lambda job: None),
         ("train", train),
