@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from cluster.doing import Doing, DoingKind, write_doing
 from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, decide_without_room, root_cause
 from cluster.launcher import WorkerLauncher
 from cluster.lease import Lease
@@ -20,6 +21,7 @@ from data_shards.errors import CorruptFile
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
 from trainer.events import EventKind, EventLog
+from trainer.progress_log import duration
 from trainer.run_directory import (
     AttemptStart,
     RunDirectory,
@@ -175,7 +177,7 @@ def run_attempts(
     with stop.listening():
         while True:
             monitor.set_state(RunState.WAITING)
-            num_workers = launcher.wait_for_room(lambda: stop.wanted, say)
+            num_workers, waited = _wait_for_room(run, launcher, lease, stop, say)
             stop_wanted = stop.wanted  # before the check: the loss of the run is such a wish, too
             lease.check()
             try:  # only now: while this one waited, workers that it took the run from may have committed, and removed
@@ -188,6 +190,8 @@ def run_attempts(
                 decision = decide_without_room(step, stop_wanted=stop_wanted)
                 return Submission(decision, parent.number if parent else 0, resume_from)
             start = _start(run, lease, parent, resume_from, allowed_changes, num_workers, say)
+            if waited:
+                EventLog(run, start.attempt).record(EventKind.WAITING, waited)
             monitor.attempt_started(start.number)
             stop.attempt = start.attempt
             stop.forward()
@@ -198,13 +202,28 @@ def run_attempts(
             end = _end_of(run, start, lost, say)
             history.append(end)
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
-            if decision.action == Action.RETRY:
-                monitor.set_state(RunState.WAITING)
-                _tell_retry(start, end, decision, say)
-                stop.wait(decision.delay_s)
             _record_end(run, start.attempt, end, decision)
             if decision.action != Action.RETRY:
                 return Submission(decision, start.number, _newest(run))
+            monitor.set_state(RunState.WAITING)
+            _tell_retry(start, end, decision, say)
+            stop.wait(decision.delay_s)
+
+
+def _wait_for_room(
+    run: RunDirectory, launcher: WorkerLauncher, lease: Lease, stop: _StopRequest, say: Say
+) -> tuple[int, str]:
+    """For how many workers there is room; and how long what was waited for, nothing where it took but a moment."""
+    since, told = time.time(), ""
+
+    def tell(line: str) -> None:
+        nonlocal told
+        told = line
+        say(line)
+        write_doing(run, Doing(DoingKind.WAITING, since, line, lease.id, after=stop.attempt))
+
+    num_workers = launcher.wait_for_room(lambda: stop.wanted, tell)
+    return num_workers, f"{duration(time.time() - since)} {told}" if told else ""
 
 
 def _start(

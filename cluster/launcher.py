@@ -48,7 +48,11 @@ class WorkerLauncher(Protocol):
 
     def wait_for_room(self, cancelled: Callable[[], bool], say: Say) -> int:
         """Called before each attempt: block until its workers could be placed. Returns how many; 0: cancelled, or
-        waited too long."""
+        waited too long.
+
+        Args:
+            say: called with what it waits for, in one line, where that takes longer than a moment.
+        """
         ...
 
     def open_monitor(self, run: str, run_uri: str, config: MetricsConfig) -> Monitor:

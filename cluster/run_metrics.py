@@ -32,6 +32,7 @@ class RunState(StrEnum):
     """the workers come up and load the model"""
     RUNNING = "running"
     FINISHED = "finished"
+    """trained; nobody is there to answer any more while it is exported"""
     STOPPED = "stopped"
     FAILED = "failed"
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
+from cluster.doing import Doing, DoingKind
+from cluster.failures import EndKind
 from trainer.events import Event, EventKind
 from trainer.run_directory import AttemptStart, fences, lineage_of
 
@@ -24,6 +26,8 @@ class StoryState(StrEnum):
     STARTING = "starting"
     """the workers come up and load the model"""
     TRAINING = "training"
+    EXPORTING = "exporting"
+    """held; it is finished, and becomes files for inference"""
     FINISHED = "finished"
     STOPPED = "stopped"
     FAILED = "failed"
@@ -95,6 +99,10 @@ class Facts:
     result: str | None = None
     """what the last submission that came to an end wrote, with how many attempts there were then"""
     result_attempts: int = 0
+    result_by: str | None = None
+    """id of the claim under which it was written; None also of older releases"""
+    doing: Doing | None = None
+    """what a launcher, be it an earlier one, last said that it does"""
 
 
 @dataclass(frozen=True)
@@ -126,7 +134,7 @@ class Totals:
     """that count"""
     lost_steps: int
     elapsed_s: float
-    """from the first attempt's start to the end, or to now where somebody holds the run"""
+    """from the first attempt's start to the end of training, or to now where somebody carries it on"""
     kept_s: float
     """of the steps that count"""
     lost_s: float
@@ -154,6 +162,8 @@ class Story:
     events: tuple[Event, ...]
     """of all attempts, oldest first"""
     totals: Totals
+    doing: Doing | None = None
+    """what its holder does now, where it has said so"""
 
 
 def tell(facts: Facts) -> Story:
@@ -169,7 +179,8 @@ def tell(facts: Facts) -> Story:
     told.sort(key=lambda attempt: (attempt.started, attempt.number, attempt.id))
     step = max((_counts_until(facts.attempts[name], limit) for name, limit in limits.items()), default=0)
     events = sorted((event for attempt in facts.attempts.values() for event in attempt.events), key=lambda e: e.at)
-    return Story(_state(facts, chain, running), step, tuple(told), tuple(events), _totals(facts, chain, told))
+    doing = _doing(facts, chain)
+    return Story(_state(facts, chain, running), step, tuple(told), tuple(events), _totals(facts, chain, told), doing)
 
 
 def counting_steps(facts: Facts) -> dict[int, StepDone]:
@@ -196,11 +207,32 @@ def _by_step(attempt: AttemptFacts) -> dict[int, StepDone]:
     return {record.step: record for record in attempt.steps}
 
 
+def _is_over(facts: Facts) -> bool:
+    """Whether nobody trains any more: it was let go, or its holder has said how it ended."""
+    return facts.held_by in (None, facts.result_by)
+
+
+def _last_of_holder(facts: Facts, chain: Sequence[AttemptStart]) -> str | None:
+    """The last attempt that the launcher which holds the run has started."""
+    return chain[-1].attempt if chain and chain[-1].claim == facts.held_by else None
+
+
+def _doing(facts: Facts, chain: Sequence[AttemptStart]) -> Doing | None:
+    """What its holder does while no attempt runs."""
+    doing = facts.doing
+    if doing is None or doing.claim != facts.held_by:
+        return None
+    if _is_over(facts):
+        return doing if doing.kind == DoingKind.EXPORTING else None
+    waits = doing.kind == DoingKind.WAITING and doing.after == _last_of_holder(facts, chain)
+    return doing if waits else None
+
+
 def _running(facts: Facts, chain: Sequence[AttemptStart]) -> str | None:
     """The attempt whose workers may be at work: the last one, of the launcher that holds the run."""
-    if not chain or chain[-1].claim != facts.held_by:
+    tip = _last_of_holder(facts, chain)
+    if tip is None or _is_over(facts) or _doing(facts, chain):
         return None
-    tip = chain[-1].attempt
     return tip if facts.attempts[tip].ended is None else None
 
 
@@ -253,18 +285,29 @@ def _state(facts: Facts, chain: Sequence[AttemptStart], running: str | None) -> 
     if facts.held_by is None:
         if facts.result is None or facts.result_attempts < len(chain):  # what is written is of an earlier submission
             return StoryState.INTERRUPTED
-        return StoryState(facts.result) if facts.result in set(StoryState) else StoryState.FAILED
+        return _as_it_ended(facts)
+    if doing := _doing(facts, chain):
+        return StoryState(doing.kind)
+    if _is_over(facts):
+        return _as_it_ended(facts)
     if running is not None:
         attempt = facts.attempts[running]
         training = attempt.steps or any(event.kind == EventKind.TRAINING for event in attempt.events)
         return StoryState.TRAINING if training else StoryState.STARTING
-    return StoryState.WAITING if chain and chain[-1].claim == facts.held_by else StoryState.PREPARING
+    tip = _last_of_holder(facts, chain)
+    if tip is None:
+        return StoryState.PREPARING
+    return StoryState.FINISHED if facts.attempts[tip].outcome == EndKind.FINISHED else StoryState.WAITING
+
+
+def _as_it_ended(facts: Facts) -> StoryState:
+    return StoryState(facts.result) if facts.result in set(StoryState) else StoryState.FAILED
 
 
 def _totals(facts: Facts, chain: Sequence[AttemptStart], told: Sequence[AttemptStory]) -> Totals:
     first = min((attempt.started for attempt in told), default=facts.now)
     last = max((facts.attempts[attempt.id].last_sign for attempt in told), default=first)
-    end = last if facts.held_by is None else max(facts.now, last)
+    end = last if _is_over(facts) else max(facts.now, last)
     return Totals(
         attempts=len(chain),
         lost_steps=sum(attempt.lost_steps for attempt in told),

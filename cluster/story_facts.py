@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 from cluster.claims import Claim
+from cluster.doing import read_doing
 from cluster.failures import EndKind, root_cause
 from cluster.story import AttemptFacts, Facts, StepDone
 from data_shards.errors import CorruptFile
@@ -58,6 +59,8 @@ def read_run(run: RunDirectory, held_by: Claim | None) -> RunRecord:
         held_by=held_by.id if held_by else None,
         result=result.get("status"),
         result_attempts=result.get("attempts", 0),
+        result_by=result.get("claim"),
+        doing=read_doing(run),
     )
     num_steps = _num_steps([attempts[start.attempt] for start in found.chain], result, recorded)
     return RunRecord(facts, found.usable, num_steps, result)

@@ -132,7 +132,7 @@ def carry_on(config: Config, lease: Lease) -> int:
         action = train(job, launcher, lease)
     if action == Action.FINISH:
         lease.when_asked_to_stop(None)  # an export is ended, and begun anew or gone on with by the next command
-        export_if_asked(job)
+        export_if_asked(job, lease)
     return _EXIT_CODES[action]
 
 
@@ -143,7 +143,7 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
     """
     standing = settle(job, say)
     if standing.why_finished:
-        tell_finished(job, standing, say)
+        tell_finished(job, lease, standing, say)
         return Action.FINISH
     if job.run.lineage():  # a new run's was checked before its data was prepared
         launcher.check_capacity(Past(has_begun=True, on_gpus=has_trained_on_gpus(job.run)))
@@ -171,7 +171,7 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
         raise
     else:
         decision = submission.decision
-        write_result(job, submission.checkpoint, decision.action.value, decision.reason)
+        write_result(job, lease, submission.checkpoint, decision.action.value, decision.reason)
         say(f"{decision.action.value}: {decision.reason}")
         ended = _END_STATES.get(decision.action, RunState.FAILED)
         return decision.action
@@ -185,7 +185,7 @@ def record_failure(job: Job, lease: Lease, error: Exception) -> None:
         lease.check()
         usable = survey(job.run).usable
         status = Action.STOP_RESUMABLE if is_out_of_room(error) else Action.FAIL  # as the exit code says
-        write_result(job, usable[-1] if usable else None, status.value, f"{type(error).__name__}: {error}")
+        write_result(job, lease, usable[-1] if usable else None, status.value, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from cluster.config import Launcher
+from cluster.doing import Doing, DoingKind, write_doing
 from cluster.failures import ALL_STEPS_DONE, Action
+from cluster.lease import Lease
 from data_shards.encoding.encoder import Encoder, load_tokenizer, stop_tokens
 from data_shards.errors import BadInput
 from data_shards.order.mixture import MIXTURE_VERSION
@@ -20,7 +23,7 @@ from data_shards.storage import Storage
 from launch.cli import under_torchrun
 from launch.compatibility import allowed, differences, refused
 from launch.config import Config
-from launch.export import export_run, missing_exports
+from launch.export import export_folder, export_run, missing_exports
 from launch.places import at_commit, base_notes, checkpoint_to_export, open_run_to_write
 from trainer.base_identity import BaseIdentity, base_identity, refuse_other_base
 from trainer.base_location import locate_base
@@ -244,7 +247,7 @@ def with_defaults(recorded: dict[str, Any]) -> dict[str, Any]:
         return recorded  # a key was removed since; the comparison will name it
 
 
-def write_result(job: Job, ref: CheckpointRef | None, status: str, reason: str) -> None:
+def write_result(job: Job, lease: Lease, ref: CheckpointRef | None, status: str, reason: str) -> None:
     """``result.json``: how the run stands, for scripts."""
     progress = asdict(ref.manifest.progress if ref else Progress())
     result = {
@@ -253,25 +256,28 @@ def write_result(job: Job, ref: CheckpointRef | None, status: str, reason: str) 
         **progress,
         "num_steps": job.sampler.num_steps,
         "attempts": len(job.run.lineage()),
+        "claim": lease.id,
         "checkpoint": ref.name if ref else None,
         "written": utc_now(),
     }
     write_json(job.run.storage, "result.json", result)
 
 
-def tell_finished(job: Job, standing: Standing, say: Say) -> None:
+def tell_finished(job: Job, lease: Lease, standing: Standing, say: Say) -> None:
     """That the run has nothing left to do."""
     step = standing.newest.step if standing.newest else 0
     say(f"the run is finished at step {step}: {standing.why_finished}; nothing to do")
-    write_result(job, standing.newest, Action.FINISH.value, standing.why_finished)
+    write_result(job, lease, standing.newest, Action.FINISH.value, standing.why_finished)
 
 
-def export_if_asked(job: Job) -> None:
+def export_if_asked(job: Job, lease: Lease) -> None:
     """The export that ``export.at_end`` asks for, unless it is there already."""
     if not job.config.export.at_end:
         return
     ref = checkpoint_to_export(job.config, job.run)
     if missing_exports(job.config, ref):
+        text = f"step {ref.step:,} to {export_folder(job.run, ref.step).uri}"
+        write_doing(job.run, Doing(DoingKind.EXPORTING, time.time(), text, lease.id))
         export_run(job.config, job.base, step=ref.step)
 
 

@@ -63,10 +63,17 @@ def _state(told: Told) -> list[str]:
     state = told.story.state
     if told.held_by is not None:
         silent = ". It is silent: perhaps dead, then the run can be gone on with by the same command"
-        return [f"{state.value}: held by {told.held_by}{silent if told.silent else ''}"]
+        return [f"{state.value}: held by {told.held_by}{silent if told.silent else ''}", *_doing(told)]
     if state in _OVER:
         return [f"{state.value} {told.written}: {told.reason}"]
     return [f"{state.value}: nobody holds it; the same command goes on from the newest checkpoint"]
+
+
+def _doing(told: Told) -> list[str]:
+    doing = told.story.doing
+    if doing is None:
+        return []
+    return [f"since {_time(doing.since)} ({duration(max(0.0, told.now - doing.since))}): {_one_line(doing.text, 500)}"]
 
 
 def _checkpoint(told: Told) -> str:

@@ -75,17 +75,17 @@ def finetune_as_worker(config: Config, *, take_over: bool = False) -> int:
         for job, lease in zip(jobs, leases, strict=True):
             lease.check()
             newest = newest_checkpoint(job.run)
-            write_result(job, newest, outcome.value, why_finished(newest, job) or "torchrun's workers ended")
+            write_result(job, lease, newest, outcome.value, why_finished(newest, job) or "torchrun's workers ended")
             if outcome == Outcome.FINISHED:
-                export_if_asked(job)
+                export_if_asked(job, lease)
     return ExitCode.DONE if outcome == Outcome.FINISHED else ExitCode.STOPPED
 
 
 def _begin(job: Job, lease: Lease) -> WorkerSpec | None:
     standing = settle(job, say)
     if standing.why_finished:
-        tell_finished(job, standing, say)
-        export_if_asked(job)
+        tell_finished(job, lease, standing, say)
+        export_if_asked(job, lease)
         return None
     parent, newest = tip_and_newest(job.run, lambda line: None)
     lease.check()

@@ -36,7 +36,7 @@ class EventKind(StrEnum):
     STRAGGLER = "straggler"
     """a rank computes more slowly than the others"""
     WAITING = "waiting"
-    """for room on the cluster"""
+    """its workers had to wait for room on the cluster"""
     ENDED = "ended"
 
 

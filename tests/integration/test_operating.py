@@ -20,7 +20,7 @@ import pytest
 
 from cluster.holder import this_process
 from cluster.lease import World, take
-from launch import status, stop
+from launch import finetune, job, status, stop
 from tests.integration.conftest import Workshop
 from tests.support.command import Command, Ended, RunFiles, environment, run_here, slowed_tree, write_config
 from tests.support.secrets_search import leaks
@@ -112,6 +112,27 @@ def test_it_is_told_at_its_end(operated: Operated) -> None:
     assert totals["kept_s"] == pytest.approx(sum(record["seconds"] for record in records.values()))
     assert 0 < totals["goodput"] < 1 and totals["idle_s"] > 0
     assert f"step {STEPS} of {STEPS}" in operated.text and "goodput" in operated.text
+
+
+def test_an_export_is_told(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the command that has trained, and by a later one that makes up for what is not there."""
+    values = workshop.values | {"training": workshop.values["training"] | {"steps": 2}, "export": {"at_end": True}}
+    config = write_config(workshop.data, values, "exported")
+    folder = workshop.data / "runs" / "exported"
+    seen: list[status.Told] = []
+    monkeypatch.setattr(job, "export_run", lambda *_, **__: seen.append(status.look(RunDirectory.at(str(folder)))))
+    for _ in range(2):
+        done = run_here(finetune.main, "--config", str(config))
+        assert done.code == 0, done.output
+    assert told(str(config))["story"]["state"] == "finished"
+    for look in seen:
+        story = look.story
+        assert story.state == "exporting" and story.attempts[0].state == "finished"
+        assert story.doing is not None and story.doing.text == f"step 2 to {folder}/export/step-00000002"
+        assert look.now - story.doing.since < 30, "since it began"
+    first, second = seen
+    assert first.story.totals == second.story.totals, "it is not charged to the training"
+    assert first.held_by != second.held_by
 
 
 def test_nothing_is_left_to_stop(operated: Operated) -> None:

@@ -25,10 +25,12 @@ from typing import Any
 import pytest
 
 from cluster.local_processes import free_port
-from launch import finetune
+from cluster.story import Story
+from launch import finetune, status
 from launch.quickstart_inputs import make_inputs
 from tests.support.command import ROOT, RunFiles, edited_tree, environment, run_here, slowed_tree
 from tests.support.secrets_search import leaks
+from trainer.run_directory import RunDirectory
 
 BIN = Path(sys.executable).parent
 STEPS, COMMIT_EVERY = 60, 10
@@ -186,6 +188,8 @@ class Resumed:
     files: RunFiles
     stopped: str
     """what ``ray job status`` says of the first submission"""
+    waiting: Story
+    """what is told of the second submission while it waits for the node that was lost"""
     from_step: int
     """that the second submission began with"""
     from_step_after_loss: int
@@ -215,11 +219,21 @@ def resumed(cluster: Cluster, inputs: list[str], tmp_path_factory: pytest.TempPa
     cluster.wait_for_log(
         second, r"waiting for room: cluster\.num_workers=2 with 3 CPU each; the cluster has 4 CPU, 0 GPU,"
     )
+    waiting = waited_for(RunDirectory.at(str(storage_of(inputs) / "quickstart")))
     with cluster.node(num_cpus=3):
         after = int(cluster.wait_for_log(second, r"attempt 3 \(\w+\): resuming from step (\d+)")[1])
         cluster.wait_for_log(second, "finished: all steps are done")
         cluster.wait_for_end(second)
-    return Resumed(RunFiles(storage_of(inputs) / "quickstart"), stopped, before, after, cluster.logs(second))
+    return Resumed(RunFiles(storage_of(inputs) / "quickstart"), stopped, waiting, before, after, cluster.logs(second))
+
+
+def waited_for(run: RunDirectory) -> Story:
+    """What is told once its launcher has left word of what it waits for, a moment after it has said so."""
+    deadline = time.monotonic() + 20
+    while (story := status.look(run).story).doing is None:
+        assert time.monotonic() < deadline, story
+        time.sleep(0.2)
+    return story
 
 
 def storage_of(inputs: list[str]) -> Path:
@@ -235,6 +249,15 @@ def test_stopped_job_resumes_from_an_edited_tree(resumed: Resumed) -> None:
 
 
 def test_lost_node_is_waited_for(resumed: Resumed) -> None:
+    doing = resumed.waiting.doing
+    assert resumed.waiting.state == "waiting" and doing is not None
+    assert doing.text.startswith(
+        "waiting for room: cluster.num_workers=2 with 3 CPU each; the cluster has 4 CPU, 0 GPU"
+    )
+    story = status.look(RunDirectory.at(str(resumed.files.path))).story
+    assert (story.state, story.doing) == ("finished", None)
+    waited = [event.text for event in story.events if (event.kind, event.attempt) == ("waiting", story.attempts[-1].id)]
+    assert len(waited) == 1 and waited[0].endswith(doing.text)
     assert resumed.from_step_after_loss > resumed.from_step
     assert resumed.from_step_after_loss % COMMIT_EVERY == 0
     assert resumed.files.result["attempts"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from cluster.doing import FILE, Doing, DoingKind, write_doing
 from cluster.lease import holding
 from launch import status
 from tests.support.command import run_here
@@ -117,6 +119,19 @@ def test_while_it_is_held(run: RunDirectory, tmp_path: Path) -> None:
     assert f"since {lease._mine.since}" in told["held_by"] and not told["silent"]
 
 
+def test_a_launcher_that_waits_for_room_is_told(run: RunDirectory, tmp_path: Path) -> None:
+    with holding(run, silent) as lease:
+        write_doing(run, Doing(DoingKind.WAITING, NOW - 130, "waiting for room:\n8 GPUs", lease.id))
+        done = run_here(status.main, str(tmp_path / "mine"))
+        told = as_json(str(tmp_path / "mine"))["story"]
+    lines = done.output.splitlines()
+    assert lines[1].startswith("waiting: held by ")
+    began = datetime.fromtimestamp(NOW - 130, UTC).strftime("%Y-%m-%d %H:%M:%S")
+    assert re.fullmatch(rf"since {began} \(2m1\ds\): waiting for room: 8 GPUs", lines[2]), lines[2]
+    assert told["state"] == told["doing"]["kind"] == "waiting" and told["doing"]["since"] == NOW - 130
+    assert as_json(str(tmp_path / "mine"))["story"]["doing"] is None, "nobody holds it"
+
+
 def test_an_end_that_was_written(run: RunDirectory, tmp_path: Path) -> None:
     result = {"status": "stopped", "reason": "stopped on request; step 20 is saved", "attempts": 2, "written": "then"}
     write_json(run.storage, "result.json", result)
@@ -132,6 +147,7 @@ def test_files_that_are_half_there(run: RunDirectory, tmp_path: Path) -> None:
         (folder / name).write_text('{"step": 2')
     (tmp_path / "mine" / "result.json").write_text("")
     (tmp_path / "mine" / "run.json").write_text("{")
+    (tmp_path / "mine" / FILE).write_text('{"kind": "wai')
     (tmp_path / "mine" / "attempts" / "empty").mkdir()
     told = as_json(str(tmp_path / "mine"))
     assert told["story"]["step"] == 20 and len(told["story"]["attempts"]) == 2

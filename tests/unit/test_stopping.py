@@ -396,7 +396,7 @@ def test_an_export_is_ended_too(run: RunDirectory, monkeypatch: pytest.MonkeyPat
             until(lambda: bool(asked))
         return Action.FINISH
 
-    def export(job: Any) -> None:
+    def export(job: Any, lease: Lease) -> None:
         if when == "while it exports":
             ask(run)
         time.sleep(10)
@@ -465,7 +465,7 @@ def test_a_launcher_that_fails_leaves_a_result(
         assert result is None, "that is for who has the run now"
     else:
         assert result["status"] == status and result["step"] == 5 and result["attempts"] == 1
-        assert result["reason"] == f"{type(error).__name__}: {error}"
+        assert result["reason"] == f"{type(error).__name__}: {error}" and result["claim"] == lease.id
 
 
 def test_the_command_refuses_where_nobody_holds_the_run(run: RunDirectory, tmp_path: Path) -> None:

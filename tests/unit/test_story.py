@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.doing import Doing, DoingKind
 from cluster.story import NO_LAST_WORD, AttemptFacts, Facts, StepDone, StoryState, counting_steps, tell
 from trainer.events import Event, EventKind
 from trainer.run_directory import AttemptStart
@@ -122,6 +123,14 @@ def of(claim: str | None, *, ended: float | None = None, events: Sequence[EventK
     return Facts({"c1-1": attempt}, 2000.0, held_by=claim, **values)
 
 
+def waits(after: str | None, claim: str = "c1", kind: str = DoingKind.WAITING) -> Doing:
+    return Doing(kind, 1600.0, "waiting for room: two GPUs", claim, after)
+
+
+EXPORTS = Doing(DoingKind.EXPORTING, 1600.0, "step 40 to /x", "c1")
+OVER = {"result": "finished", "result_attempts": 1, "result_by": "c1"}
+
+
 @pytest.mark.parametrize(
     ("facts", "state"),
     [
@@ -141,6 +150,48 @@ def of(claim: str | None, *, ended: float | None = None, events: Sequence[EventK
 )
 def test_states(facts: Facts, state: str) -> None:
     assert tell(facts).state == state
+
+
+@pytest.mark.parametrize(
+    ("facts", "state", "is_told"),
+    [
+        (Facts({}, 0.0, held_by="c1", doing=waits(None)), "waiting", True),
+        (of("c2", doing=waits(None, "c2")), "waiting", True),  # its first attempt is still to come
+        (of("c1", ended=1500.0, doing=waits("c1-1")), "waiting", True),
+        (of("c1", doing=waits("c1-1")), "waiting", True),  # that the attempt ended could not be written
+        (of("c1", doing=waits(None)), "starting", False),  # there was room for it
+        (of("c1", ended=1500.0, doing=waits(None)), "waiting", False),  # for the next attempt, that is
+        (of("c2", doing=waits(None, "c1")), "preparing", False),  # another launcher waited
+        (of(None, ended=1500.0, doing=waits("c1-1")), "interrupted", False),
+        (of("c1", ended=1500.0, doing=waits("c1-1"), **OVER | {"result": "stopped"}), "stopped", False),  # gave up
+        (of("c1", ended=1500.0, doing=waits("c1-1", kind="dreaming")), "waiting", False),  # of a later release
+        (of("c1", ended=1500.0, doing=EXPORTS, **OVER), "exporting", True),
+        (of("c1", doing=EXPORTS, **OVER), "exporting", True),
+        (of("c1", **OVER), "finished", False),
+        (of("c2", ended=1500.0, doing=EXPORTS, **OVER), "preparing", False),  # an earlier launcher exported
+        (of("c1", ended=1500.0, doing=EXPORTS), "waiting", False),
+        (of(None, ended=1500.0, doing=EXPORTS, **OVER), "finished", False),
+    ],
+)
+def test_what_its_holder_does_while_no_attempt_runs(facts: Facts, state: str, is_told: bool) -> None:
+    story = tell(facts)
+    assert story.state == state
+    assert story.doing == (facts.doing if is_told else None)
+    assert [attempt.id for attempt in story.attempts if attempt.state == "running"] == (
+        ["c1-1"] if state == "starting" else []
+    )
+
+
+def test_what_is_over_is_not_waited_for_though_it_is_held() -> None:
+    """Its launcher shows the last figures to a scraper, or exports; no time of that is charged to the training."""
+    played = Played()
+    played.attempt(0, 40, ended=1092.0, outcome="finished")
+    assert tell(played.facts(40, held_by="c1")).state == StoryState.FINISHED, "the result is yet to be written"
+    played.clock += 1000.0
+    over = {"held_by": "c1", "result_attempts": 1, "result_by": "c1"}
+    for result, state in (("finished", "finished"), ("stopped", "stopped"), ("bad_input", "failed")):
+        story = tell(played.facts(40, result=result, **over))
+        assert (story.state, story.totals.elapsed_s) == (state, 92.0)
 
 
 def test_attempts_of_a_launcher_that_had_lost_the_run_do_not_count() -> None:
