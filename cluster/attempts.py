@@ -12,12 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from cluster.doing import Doing, DoingKind, write_doing
-from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, decide_without_room, root_cause
+from cluster.failures import Action, AttemptEnd, Decision, EndKind, decide, decide_without_room, misread, root_cause
 from cluster.launcher import WorkerLauncher
 from cluster.lease import Lease
 from cluster.run_metrics import RunState
 from cluster.run_monitor import Monitor, NoMonitor
-from data_shards.errors import CorruptFile
+from data_shards.errors import BatonError, CorruptFile
+from data_shards.reading.shard_reader import verify_dataset_file
+from data_shards.storage import Storage
 from trainer.checkpoint import CheckpointRef
 from trainer.config import WorkerSpec
 from trainer.events import EventKind, EventLog
@@ -195,11 +197,12 @@ def run_attempts(
             monitor.attempt_started(start.number)
             stop.attempt = start.attempt
             stop.forward()
-            lost = launcher.run(make_spec(start.attempt, resume_from), num_workers, stop.notice)
+            spec = make_spec(start.attempt, resume_from)
+            lost = launcher.run(spec, num_workers, stop.notice)
             lease.check()
             for node, request in run.notices(start.attempt).items():
                 launcher.leave(node, request)
-            end = _end_of(run, start, lost, say)
+            end = _end_of(run, start, spec, lost, say)
             history.append(end)
             decision = decide(history, max_failures_without_progress, stop_wanted=stop.wanted)
             _record_end(run, start.attempt, end, decision)
@@ -272,8 +275,7 @@ def _ask_then_look(run: RunDirectory, say: Say) -> tuple[AttemptStart | None, Ch
 
 
 def _quarantine(run: RunDirectory, attempt: str, name: str, error: WorkerError, say: Say) -> WorkerError:
-    """Believe a worker that a checkpoint is corrupt where it is so from here, too. Else it is the attempt alone that
-    has failed, and counts as one that did: the same node may read it badly again and again."""
+    """Believe a worker that a checkpoint is corrupt where it is so from here, too."""
     try:
         told = [each.message for each in run.errors_of(attempt) if each.checkpoint == name]
         if problem_here(run, name, "\n".join(told)):
@@ -283,8 +285,23 @@ def _quarantine(run: RunDirectory, attempt: str, name: str, error: WorkerError, 
     except OSError as failed:  # the next attempt goes on without it all the same
         say(f"checkpoint {name} could not be put in quarantine: {failed}")
         return error
-    doubt = f"the driver reads it as it was written, so it is used again; look at {_place_of(run, attempt, error.rank)}"
-    return replace(error, message=f"{error.message}; {doubt}", checkpoint=None, corrupt=False)
+    doubt = f"{error.message}; the driver reads it as it was written, so it is used again"
+    return misread(error, doubt, _place_of(run, attempt, error.rank))
+
+
+def _check_data(run: RunDirectory, attempt: str, dataset: Storage, path: str, error: WorkerError) -> WorkerError:
+    """Believe a worker that a file of the data is corrupt where it is so from here, too. Else its advice to delete the
+    data is not passed on."""
+    try:
+        verify_dataset_file(dataset, path)
+    except (BatonError, FileNotFoundError):
+        return error
+    except OSError as failed:
+        found = f"the driver could not look, either: {failed}"
+    else:
+        found = "the driver reads it as it was written"
+    doubt = f"{dataset.uri_of(path)} was not what its manifest says; {found}"
+    return misread(error, doubt, _place_of(run, attempt, error.rank))
 
 
 def _place_of(run: RunDirectory, attempt: str, rank: int) -> str:
@@ -301,12 +318,15 @@ def _newest(run: RunDirectory) -> CheckpointRef | None:
     return usable[-1] if usable else None
 
 
-def _end_of(run: RunDirectory, start: AttemptStart, lost: str, say: Say) -> AttemptEnd:
-    """Look at what the attempt has left; a checkpoint that it rightly found to be corrupt is put in quarantine."""
+def _end_of(run: RunDirectory, start: AttemptStart, spec: WorkerSpec, lost: str, say: Say) -> AttemptEnd:
+    """Look at what the attempt has left, and at files that it found to be corrupt; a checkpoint that is so is put in
+    quarantine."""
     end = _end_written(run, start.attempt)
     error = None if end is not None else root_cause(run.errors_of(start.attempt))
     if error is not None and error.checkpoint is not None and error.corrupt:
         error = _quarantine(run, start.attempt, error.checkpoint, error, say)
+    elif error is not None and error.data_file is not None:
+        error = _check_data(run, start.attempt, Storage.at(spec.dataset_uri), error.data_file, error)
     newest = _newest(run)
     committed = newest.step if newest else 0
     kind = EndKind(end["outcome"]) if end is not None else EndKind.FAILED

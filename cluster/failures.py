@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from trainer.errors import OutOfMemory
@@ -67,13 +67,26 @@ def root_cause(errors: Sequence[WorkerError]) -> WorkerError | None:
     def order(e: WorkerError) -> tuple[object, ...]:
         is_hang = e.type == Hang.__name__
         special = (not e.disk_full, e.checkpoint is None, not e.corrupt, not e.recurs, not e.suspects, not is_hang)
-        return (not e.bad_input, e.retryable, *special, _OF_A_PEER.search(e.message) is not None, e.rank)
+        # Of those that no attempt can help, what may be just a bad read comes last.
+        doubtful = e.data_file is not None
+        return (not e.bad_input, e.retryable, doubtful, *special, _OF_A_PEER.search(e.message) is not None, e.rank)
 
     first = min(errors, key=order, default=None)
     if first is not None and first.suspects:
         theirs = [e for e in errors if e.rank in first.suspects and e.type != Hang.__name__]
         return root_cause(theirs) or first
     return first
+
+
+def misread(error: WorkerError, message: str, place: str) -> WorkerError:
+    """What is left of a worker's finding that a file is corrupt where from elsewhere it is not: the attempt alone has
+    failed, and counts as one that did. The same node may read it badly again and again.
+
+    Args:
+        place: where that worker ran, in words.
+    """
+    told = f"{message}; look at {place}"
+    return replace(error, message=told, retryable=True, checkpoint=None, corrupt=False, data_file=None)
 
 
 def _cause(end: AttemptEnd) -> str:

@@ -28,3 +28,21 @@ class DataError(BadInput):
 
 class CorruptFile(BatonError):
     """A file that we wrote is not what we wrote: truncated, changed, or not ours."""
+
+
+class DatasetCorrupt(CorruptFile):
+    """A file of a prepared dataset is not what its manifest says, as it is read here; elsewhere it may be."""
+
+    def __init__(self, dataset: str, file: str, problem: str) -> None:
+        """
+        Args:
+            dataset: its URI.
+            file: relative to the dataset's folder.
+        """
+        super().__init__(f"{problem}. To prepare the dataset anew, delete {dataset} and run the same command again")
+        self.dataset = dataset
+        self.file = file
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.dataset, self.file, self.problem)

@@ -47,6 +47,10 @@ class SplitEntry:
     counts: FileEntry
     """the trained tokens of each row, in one small file"""
 
+    @property
+    def files(self) -> tuple[FileEntry, ...]:
+        return (*(shard.file for shard in self.shards), self.counts)
+
     def source_rows(self, weights: Mapping[str, float]) -> tuple[SourceRows, ...]:
         """For the sampler. Weights are no part of a dataset, so they can change without preparing again."""
         return tuple(SourceRows(source.name, source.rows, weights.get(source.name)) for source in self.sources)

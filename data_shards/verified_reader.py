@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from typing import NamedTuple, Protocol
 
 import pyarrow as pa
@@ -122,7 +123,8 @@ class VerifiedReader:
             self._read_blocks(first, min(first + step, self._entry.num_blocks), [])
 
     def forget(self) -> None:
-        """What this machine has of the file in memory: what is read next comes from where it is kept."""
+        """What this machine has of the file in memory: what is read next comes from where it is kept. Pages that some
+        process has mapped stay."""
         self._file.forget()
 
     def _read_blocks(self, first: int, stop: int, pieces: Sequence[Piece]) -> None:
@@ -150,6 +152,16 @@ class VerifiedReader:
 
     def close(self) -> None:
         self._file.close()
+
+
+def verify_file(storage: Storage, entry: FileEntry) -> None:
+    """Read every byte of a file, from where it is kept, and not what this machine has of it in memory.
+
+    Raises CorruptFile with what is wrong.
+    """
+    with closing(VerifiedReader(storage, entry)) as reader:
+        reader.forget()
+        reader.verify_all()
 
 
 def _tiled(start: int, stop: int, pieces: Sequence[Piece]) -> Iterator[memoryview]:

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 
 from data_shards.errors import BatonError, CorruptFile
 from data_shards.storage import Storage
-from data_shards.verified_reader import Piece, VerifiedReader, by_span
+from data_shards.verified_reader import Piece, by_span, verify_file
 from trainer.checkpoint_manifest import MANIFEST, CheckpointManifest, ParameterEntry
 from trainer.engine import ZeroEngine
 from trainer.errors import CheckpointCorrupt, CheckpointOutOfReach
@@ -290,7 +290,5 @@ def verify(checkpoints: Storage, name: str, suspects: str = "") -> CheckpointRef
     for entry in named or ref.manifest.files:
         if (place := places.find(entry)) is None:
             raise out_of_reach(ref, [entry])
-        with closing(VerifiedReader(place, entry.hashed(place))) as reader:
-            reader.forget()
-            reader.verify_all()
+        verify_file(place, entry.hashed(place))
     return ref

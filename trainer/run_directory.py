@@ -21,7 +21,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from data_shards.errors import BadInput, BatonError, CorruptFile
+from data_shards.errors import BadInput, BatonError, CorruptFile, DatasetCorrupt
 from data_shards.storage import Storage
 from trainer.checkpoint import CheckpointRef
 from trainer.errors import CheckpointCorrupt, CheckpointUnusable, DiskFull, RunHeld
@@ -109,6 +109,8 @@ class WorkerError:
     """the one that turned out unusable"""
     corrupt: bool = False
     """it did not read back as written"""
+    data_file: str | None = None
+    """of the prepared dataset, the one that did not"""
     traceback: str = ""
     step: int | None = None
     """the one that it was about; None before the first"""
@@ -130,6 +132,7 @@ class WorkerError:
             disk_full=isinstance(error, DiskFull),
             checkpoint=error.checkpoint if isinstance(error, CheckpointUnusable) else None,
             corrupt=isinstance(error, CheckpointCorrupt),
+            data_file=error.file if isinstance(error, DatasetCorrupt) else None,
             traceback="".join(traceback.format_exception(error)),
             step=step,
             suspects=suspects,

@@ -6,20 +6,23 @@ import logging
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import PurePosixPath
 
 import numpy as np
 import pyarrow as pa
 
-from data_shards.errors import CorruptFile
+from data_shards.errors import CorruptFile, DatasetCorrupt
+from data_shards.hashed_file import FileEntry
 from data_shards.manifest import MANIFEST, DatasetManifest, ShardEntry
 from data_shards.pack import Pack
 from data_shards.reading.prefetch import Prefetcher
 from data_shards.reading.shard_cache import ShardCache
 from data_shards.reading.shard_file import Batch, ShardFile, map_file
 from data_shards.storage import Storage
+from data_shards.verified_reader import verify_file
 from data_shards.writing.row_counts import read_counts
 from data_shards.writing.shard_writer import ROWS_PER_BATCH
 
@@ -35,6 +38,19 @@ def read_dataset_manifest(dataset: Storage) -> DatasetManifest:
     return DatasetManifest.from_bytes(dataset.read(MANIFEST), dataset.uri_of(MANIFEST))
 
 
+def verify_dataset_file(dataset: Storage, path: str) -> None:
+    """Read a shard, or the counts of a split, from where it is kept.
+
+    Raises CorruptFile or FileNotFoundError where it, or the manifest, is not as it should be; another OSError where
+    that can't be told.
+    """
+    files = (file for split in read_dataset_manifest(dataset).splits.values() for file in split.files)
+    entry = next((file for file in files if file.path == path), None)
+    if entry is None:
+        raise CorruptFile(f"{dataset.uri_of(path)}: the manifest beside it lists no such file")
+    verify_file(dataset, entry)
+
+
 class SplitReader:
     """One split of a prepared dataset. Opening it checks the sizes of its shards; what is in them is verified against
     the manifest's hashes where it is first touched.
@@ -42,7 +58,8 @@ class SplitReader:
     A dataset that is not on this machine is read through ``cache``, by default the node's own.
 
     Raises:
-        CorruptFile: naming the shard, where a file is missing, cut off or changed and stays so when tried again.
+        DatasetCorrupt: naming the file that is missing, cut off or changed and stays so when it is read again from
+            where it is kept.
         OSError: the storage does not answer.
     """
 
@@ -55,13 +72,16 @@ class SplitReader:
         self._cache = cache if cache or dataset.local_path else ShardCache.default()
         self._first_row = list(accumulate((shard.rows for shard in entry.shards), initial=0))
         self._files: list[ShardFile | None] = [None] * len(entry.shards)
+        self._misread: set[int] = set()
+        """shards that were not as they should be, at least once"""
         self._locks = [threading.Lock() for _ in entry.shards]
         self._ahead = Prefetcher(self._read_ahead, _PREFETCH_THREADS)
         self.num_rows = entry.rows
         self.seconds_waited = 0.0
         """that callers of ``pack`` spent on shards that were not ready"""
         self._check_sizes()
-        self._counts = read_counts(dataset, entry.counts)
+        with self._naming(entry.counts):
+            self._counts = read_counts(dataset, entry.counts)
         found = (self._first_row[-1], len(self._counts), int(self._counts.sum(dtype=np.int64)))
         if found != (entry.rows, entry.rows, entry.trained_tokens):
             raise CorruptFile(f"{dataset.uri}: the shards of split {split!r} do not add up to what the manifest says")
@@ -73,16 +93,17 @@ class SplitReader:
             for folder in folders
             for name, size in self._dataset.sizes(folder).items()
         }
-        try:
-            for shard in self._shards:
+        for shard in self._shards:
+            with self._naming(shard.file):
                 shard.file.check_size(sizes.get(shard.file.path), self._dataset.uri_of(shard.file.path))
-        except CorruptFile as error:
-            raise self._with_advice(error) from error
 
-    def _with_advice(self, error: CorruptFile) -> CorruptFile:
-        return CorruptFile(
-            f"{error}. To prepare the dataset anew, delete {self._dataset.uri} and run the same command again"
-        )
+    @contextmanager
+    def _naming(self, file: FileEntry) -> Iterator[None]:
+        """Raises DatasetCorrupt for a CorruptFile that is about this file."""
+        try:
+            yield
+        except CorruptFile as error:
+            raise DatasetCorrupt(self._dataset.uri, file.path, str(error)) from error
 
     def pack(self, row: int) -> Pack:
         """The pack with this id, as views of the mapped file."""
@@ -163,29 +184,33 @@ class SplitReader:
             try:
                 return self._load_once(shard, batch)
             except CorruptFile as error:
-                log.warning("%s; trying again", error)
-                time.sleep(pause)
-        try:
+                log.warning("%s; trying again", str(error))  # not the error itself: its frames keep the file mapped
+            time.sleep(pause)
+        with self._naming(self._shards[shard].file):
             return self._load_once(shard, batch)
-        except CorruptFile as error:
-            raise self._with_advice(error) from error
 
     def _load_once(self, shard: int, batch: int) -> Batch:
         with self._locks[shard]:
             try:
                 file = self._files[shard]
                 if file is None:
-                    file = self._files[shard] = self._open(self._shards[shard])
+                    file = self._files[shard] = self._open(shard)
                 return file.load(batch)
             except CorruptFile:
                 self._files[shard] = None
+                self._misread.add(shard)
                 if self._cache is not None:
                     self._cache.drop(self._shards[shard].file)
                 raise
 
-    def _open(self, shard: ShardEntry) -> ShardFile:
+    def _open(self, index: int) -> ShardFile:
+        """A shard that was misread is read anew from where it is kept: mapped again, it would be the same pages of this
+        machine's memory. Of a remote one the copy was dropped."""
+        shard = self._shards[index]
         where = self._dataset.uri_of(shard.file.path)
         if self._cache is None:
+            if index in self._misread:
+                verify_file(self._dataset, shard.file)
             return ShardFile(self._map_local(shard, where), shard, where)
         self._release_evicted()
         return ShardFile(self._cache.open(self._dataset, shard.file), shard, where)

@@ -167,6 +167,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"data.validation={folder}/validation.jsonl",
         f"run.storage={folder}/runs",
         "cluster.cpus_per_worker=1",
+        "cluster.use_gpu=false",
         f"training.steps={STEPS}",
         "training.global_batch=4",
         "training.micro_batch=2",

@@ -41,6 +41,8 @@ class Fault(StrEnum):
     """a thread that does not end, and keeps the process from ending"""
     SLOW_EVALUATION = "slow_evaluation"
     """half a second for each micro batch of evaluations, on all ranks; no fault"""
+    MISREAD = "misread"
+    """from a step on this process reads a wrong bit in each shard, however often it tries; the shards are good"""
 
 
 def install(
@@ -145,6 +147,36 @@ def _slow_evaluation(wanted: dict[str, Any]) -> None:
     ZeroEngine.evaluate_micro_batch = slow  # type: ignore[method-assign]
 
 
+def _misread(wanted: dict[str, Any]) -> None:
+    """Each firing adds a byte to the mark."""
+    from data_shards.reading import shard_reader
+
+    mark, honest, packs = Path(wanted["mark"]), shard_reader.map_file, shard_reader.SplitReader.packs
+    spoilt: list[bool] = []
+
+    def misread(path: Path) -> Any:
+        import pyarrow as pa
+
+        with mark.open("a") as file:
+            file.write(".")
+        data = bytearray(honest(path).to_pybytes())
+        data[len(data) // 2] ^= 1
+        return pa.py_buffer(data)
+
+    def spoil() -> None:
+        if fires(wanted["mark"]):
+            spoilt.append(True)
+            shard_reader.map_file = misread
+
+    def anew(self: Any, rows: Any) -> Any:
+        if spoilt:  # as where they were evicted; a small dataset is read but once
+            self._files = [None] * len(self._files)
+        return packs(self, rows)
+
+    before_step(wanted["step"], spoil)
+    shard_reader.SplitReader.packs = anew  # type: ignore[method-assign]
+
+
 _FAULTS = {
     Fault.STOPPED: _once(_stop),
     Fault.HOLDS_INTERPRETER: _once(_begin_holding_the_interpreter),
@@ -153,4 +185,5 @@ _FAULTS = {
     Fault.NO_MEMORY: _once(_no_memory),
     Fault.NAN: _nan,
     Fault.SLOW_EVALUATION: _slow_evaluation,
+    Fault.MISREAD: _misread,
 }

@@ -8,9 +8,9 @@ from typing import Any
 
 from hypothesis import given, strategies
 
-from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, root_cause
+from cluster.failures import Action, AttemptEnd, EndKind, decide, decide_without_room, misread, root_cause
 from cluster.ray_nodes import bundles_that_fit
-from data_shards.errors import BadInput
+from data_shards.errors import BadInput, DatasetCorrupt
 from trainer.errors import (
     CheckpointCorrupt,
     CheckpointOutOfReach,
@@ -161,6 +161,22 @@ def test_an_exception_comes_before_what_collectives_say_of_its_rank() -> None:
     assert cause is not None and cause.rank == 2 and cause.type == "KeyError"
 
 
+def test_a_bad_read_of_good_data_is_the_attempts_failure() -> None:
+    found = WorkerError.of(1, DatasetCorrupt("/data", "train-00000.arrow", "block 0"), step=8)
+    assert found.data_file == "train-00000.arrow" and "delete /data" in found.message
+    assert decide([AttemptEnd(EndKind.FAILED, 5, 5, found)], 2, stop_wanted=False).action == Action.FAIL
+    end = AttemptEnd(EndKind.FAILED, 5, 5, misread(found, "the driver reads it well", "rank 1's node gpu-7"))
+    once = decide([end], 2, stop_wanted=False)
+    assert once.action == Action.RETRY and once.reason.endswith("the driver reads it well; look at rank 1's node gpu-7")
+    assert action(end, end, end) == Action.FAIL and action(end, stop=True) == Action.STOP_RESUMABLE
+
+
+def test_what_may_be_a_bad_read_does_not_hide_what_is_fatal() -> None:
+    read = WorkerError.of(0, DatasetCorrupt("/data", "train-00000.arrow", "block 0"))
+    fatal, collateral = WorkerError.of(3, NonFiniteStep("nan")), WorkerError.of(1, RuntimeError("connection reset"))
+    assert root_cause([read, fatal, collateral]) == fatal and root_cause([collateral, read]) == read
+
+
 def test_errors_pickle_across_processes() -> None:
     error = pickle.loads(pickle.dumps(CheckpointCorrupt("00000005-a", "block 1")))
     assert (error.checkpoint, error.problem, str(error)) == ("00000005-a", "block 1", "checkpoint 00000005-a: block 1")
@@ -203,7 +219,13 @@ def test_what_recurs_is_tried_once_more() -> None:
     assert action(at(8, NonFiniteAgain("nan"), 0, 6), at(9, NonFiniteAgain("nan"), 6, 6)) == Action.RETRY
 
 
-FATAL = (NonFiniteStep("nan"), ModelError("gated"), DiskFull("full"), StepInvariantBroken("rows"))
+FATAL = (
+    NonFiniteStep("nan"),
+    ModelError("gated"),
+    DiskFull("full"),
+    StepInvariantBroken("rows"),
+    DatasetCorrupt("/data", "train-00000.arrow", "block 0"),
+)
 PASSING = (
     None,
     RuntimeError("connection closed by peer [10.0.0.1]:5"),

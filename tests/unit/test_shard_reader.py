@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,17 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pytest
 
-from data_shards.errors import CorruptFile
+from data_shards.errors import CorruptFile, DatasetCorrupt
 from data_shards.hashed_file import FileEntry
 from data_shards.manifest import DatasetManifest
 from data_shards.pack import Sequence
 from data_shards.reading import shard_file, shard_reader
 from data_shards.reading.shard_cache import ShardCache, cache_name
-from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
+from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest, verify_dataset_file
 from data_shards.storage import Storage
 from data_shards.writing.row_counts import read_counts, write_counts
 from tests.support.datasets import random_packs, write_dataset
+from tests.support.disk import disk_in_a_file, remember_wrongly
 
 SEQ_LEN, ROWS, SHARD_TOKENS = 64, 1500, 11_000
 
@@ -154,6 +157,102 @@ def test_only_what_is_touched_is_verified(
     with pytest.raises(CorruptFile, match=rf"/{first}: block 0 .* does not match its hash.*delete .*/data and run"):
         reader.pack(0)
     assert second != first
+
+
+def test_a_bad_page_in_memory_is_read_anew_from_the_disk(
+    packs: list[list[Sequence]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with disk_in_a_file(tmp_path / "disk", 2**23) as disk:
+        data = Storage.at(disk / "data")
+        manifest = write_dataset(data, packs, SEQ_LEN, SHARD_TOKENS)
+        shard = manifest.splits["train"].shards[0]
+        path = disk / "data" / shard.file.path
+        good = path.read_bytes()
+        remember_wrongly(disk, path, page=3)
+        reader = SplitReader(data, manifest, "train")
+        assert_same(reader, packs, np.arange(ROWS))
+        assert sum(path.name in message and "trying again" in message for message in caplog.messages) == 1
+        assert path.read_bytes() == good
+        del reader
+
+
+def test_a_misread_shard_is_let_go_of_and_forgotten_before_it_is_read_again(
+    packs: list[list[Sequence]], manifest: DatasetManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system keeps pages that are mapped; and whatever else has the shard in memory is not asked about it."""
+    bad: list[weakref.ref[pa.Buffer]] = []
+    forgotten: list[bool] = []
+    map_file = shard_file.map_file
+
+    def mapped(path: Path) -> pa.Buffer:
+        if forgotten:
+            return map_file(path)
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        buffer = pa.py_buffer(data)
+        bad.append(weakref.ref(buffer))
+        return buffer
+
+    def forget(descriptor: int, start: int, size: int, advice: int) -> None:
+        assert (start, size, advice) == (0, 0, os.POSIX_FADV_DONTNEED)
+        forgotten.append(all(buffer() is None for buffer in bad))
+
+    monkeypatch.setattr(shard_reader, "map_file", mapped)
+    monkeypatch.setattr(os, "posix_fadvise", forget)
+    reader = SplitReader(Storage.at(tmp_path / "data"), manifest, "train")
+    assert_same(reader, packs, np.arange(5))
+    assert len(bad) == 1 and forgotten == [True]
+
+
+def test_what_is_misread_to_the_end_is_named(
+    manifest: DatasetManifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it is good: only who reads it from elsewhere can tell."""
+    maps, data = [], Storage.at(tmp_path / "data")
+
+    def misread(path: Path) -> pa.Buffer:
+        maps.append(path.name)
+        return pa.py_buffer(bytes(path.stat().st_size))
+
+    monkeypatch.setattr(shard_reader, "map_file", misread)
+    shards = manifest.splits["train"].shards
+    reader = SplitReader(data, manifest, "train")
+    with pytest.raises(DatasetCorrupt, match=r"block 0 .* does not match its hash.*delete .*/data and run") as raised:
+        reader.pack(ROWS - 1)
+    assert maps == [shards[-1].file.path] * 3 and raised.value.file == shards[-1].file.path
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert (str(again), again.file, again.dataset) == (str(raised.value), raised.value.file, data.uri)
+    verify_dataset_file(data, raised.value.file)
+
+
+def test_a_file_of_a_dataset_is_verified_by_its_name(manifest: DatasetManifest, tmp_path: Path) -> None:
+    data, split = Storage.at(tmp_path / "data"), manifest.splits["train"]
+    for file in split.files:
+        verify_dataset_file(data, file.path)
+        path = tmp_path / "data" / file.path
+        contents = bytearray(path.read_bytes())
+        contents[-1] ^= 1
+        path.write_bytes(contents)
+        with pytest.raises(CorruptFile, match=f"/{file.path}: block 0"):
+            verify_dataset_file(data, file.path)
+        path.unlink()
+        with pytest.raises(CorruptFile, match=f"/{file.path}: missing"):
+            verify_dataset_file(data, file.path)
+    with pytest.raises(CorruptFile, match="lists no such file"):
+        verify_dataset_file(data, "train-99999.arrow")
+    (tmp_path / "data" / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError):
+        verify_dataset_file(data, split.counts.path)
+
+
+def test_bad_counts_are_named(manifest: DatasetManifest, tmp_path: Path) -> None:
+    path = tmp_path / "data" / manifest.splits["train"].counts.path
+    contents = bytearray(path.read_bytes())
+    contents[500] ^= 1
+    path.write_bytes(contents)
+    with pytest.raises(DatasetCorrupt, match=rf"{path.name}: block 0 .*delete .*/data and run") as raised:
+        SplitReader(Storage.at(tmp_path / "data"), manifest, "train")
+    assert raised.value.file == path.name
 
 
 def test_missing_and_cut_shards_are_found_at_once(manifest: DatasetManifest, tmp_path: Path) -> None:
