@@ -10,6 +10,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # as a script: `python launch/finetune.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from cluster.attempt_end import newest_usable_of
 from cluster.attempts import run_attempts
 from cluster.failures import Action
 from cluster.launcher import Past, WorkerLauncher, launching
@@ -30,7 +31,6 @@ from trainer.errors import RunHeld
 from trainer.events import has_trained_on_gpus
 from trainer.progress_log import say
 from trainer.room import is_out_of_room
-from trainer.survey import survey
 
 _EXIT_CODES = {
     Action.FINISH: ExitCode.DONE,
@@ -183,9 +183,8 @@ def record_failure(job: Job, lease: Lease, error: Exception) -> None:
     """For scripts, and for `baton stop`, which waits for it; unless the storage is what failed, or the run is lost."""
     with suppress(OSError, BatonError):
         lease.check()
-        usable = survey(job.run).usable
         status = Action.STOP_RESUMABLE if is_out_of_room(error) else Action.FAIL  # as the exit code says
-        write_result(job, lease, usable[-1] if usable else None, status.value, f"{type(error).__name__}: {error}")
+        write_result(job, lease, newest_usable_of(job.run), status.value, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

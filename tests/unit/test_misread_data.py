@@ -127,7 +127,7 @@ def test_a_driver_that_cannot_look_condemns_nothing(
         looked.append(path)
         raise OSError(errno.ETIMEDOUT, "Connection timed out")
 
-    monkeypatch.setattr("cluster.attempts.verify_dataset_file", away)
+    monkeypatch.setattr("cluster.attempt_end.verify_dataset_file", away)
     done, began = attempted(FILES[0])
     assert done.decision.action == Action.FINISH and began == 2 and looked == FILES[:1]
     reason = reason_of(tmp_path, 0)
