@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from cluster import ray_nodes
 from cluster.config import ClusterConfig, WorkerBounds
@@ -16,7 +16,7 @@ from trainer.config import WorkerSpec
 from trainer.run_directory import Say
 
 _TELL_AFTER_S = 5.0
-_LOOK_S = 1.0
+_LOOK_S, _CAPACITY_LOOK_S = 1.0, 0.5
 _PLACE_S = 10.0
 """For Ray to place workers that fit."""
 
@@ -41,24 +41,44 @@ class Room:
         for a first one with GPUs, where it is not said whether to use them."""
         self._past = past
         deadline = time.monotonic() + self._config.wait_for_capacity_s
-        said = True if self._config.use_gpu is None and past.on_gpus else self._config.use_gpu
-        while True:
-            nodes = ray_nodes.staying().values()
-            has_gpu = any(node.get("GPU", 0) for node in nodes)
-            self.use_gpu = has_gpu if said is None else said
-            is_known = self.use_gpu or said is not None or past.on_gpus is not None or not self._others_may_join
-            room = ray_nodes.bundles_that_fit(nodes, self.bundle)
-            is_enough = room >= self._config.min_workers or (past.has_begun and self._others_may_join)
-            if is_enough and is_known:
-                return
-            if time.monotonic() >= deadline:
-                break
-            time.sleep(0.5)
-        if not is_enough:
-            raise BadInput(
-                f"{self._needs()} can't be placed: the cluster has {self._has()}, room for {room}. Use fewer workers, "
-                "set cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are still to come"
-            )
+        if self._is_settled():
+            return
+        # An autoscaler sees the need, where it is known of what: it would else bring machines that are of no use.
+        with nullcontext() if self._said is None else self._asked_for(self._config.min_workers, frozenset()):
+            while not self._is_settled():
+                if time.monotonic() < deadline:
+                    time.sleep(_CAPACITY_LOOK_S)
+                elif self._is_enough():
+                    return
+                else:
+                    raise self._refusal()
+
+    def _is_settled(self) -> bool:
+        """After a look at the nodes: no node that joins would change what workers take, or that they have a place."""
+        has_gpu = any(node.get("GPU", 0) for node in ray_nodes.staying().values())
+        self.use_gpu = has_gpu if self._said is None else self._said
+        is_known = self.use_gpu or self._said is not None or self._past.on_gpus is not None
+        return (is_known or not self._others_may_join) and self._is_enough()
+
+    def _refusal(self) -> BadInput:
+        return BadInput(
+            f"{self._needs()} can't be placed: the cluster has {self._has()}, room for {self._capacity()}. "
+            "Use fewer workers, set cluster.cpus_per_worker lower, or cluster.wait_for_capacity_s higher if nodes are "
+            "still to come"
+        )
+
+    @property
+    def _said(self) -> bool | None:
+        """Whether to use GPUs, where the configuration tells, or GPUs that were used."""
+        return True if self._config.use_gpu is None and self._past.on_gpus else self._config.use_gpu
+
+    def _is_enough(self) -> bool:
+        may_wait = self._past.has_begun and self._others_may_join
+        return may_wait or self._capacity() >= self._config.min_workers
+
+    def _capacity(self) -> int:
+        """Workers that there would be room for, were nothing taken."""
+        return ray_nodes.bundles_that_fit(ray_nodes.staying().values(), self.bundle)
 
     def check_reach(self, spec: WorkerSpec, say: Say) -> None:
         """As ``WorkerLauncher.check_reach``; machines that join later are asked as they come."""

@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -217,9 +218,17 @@ def test_gpus_that_come_a_little_later_are_used(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_run_that_has_begun_waits_for_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_nodes, "staying", lambda: {"a": {"CPU": 1.0}})
+    asked: list[int] = []
+
+    def ask(self: Room, num_workers: int, out: frozenset[str]) -> AbstractContextManager[None]:
+        asked.append(num_workers)
+        return nullcontext()
+
+    monkeypatch.setattr(Room, "_asked_for", ask)
     room = Room(ClusterConfig(num_workers=2, use_gpu=False, wait_for_capacity_s=0))
     with pytest.raises(BadInput, match=r"cluster\.num_workers=2 with 1 CPU each can't be placed: .* room for 1"):
         room.check_capacity(Past())
+    assert asked == [2], "for an autoscaler"
     room.check_capacity(Past(has_begun=True))
 
 
