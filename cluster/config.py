@@ -92,11 +92,12 @@ class ClusterConfig(ConfigModel):
 
     @model_validator(mode="after")
     def _check_notices(self) -> ClusterConfig:
-        if self.notice_file is not None and not Path(self.notice_file).is_absolute():
+        is_ray = self.launcher == Launcher.RAY
+        if is_ray and self.notice_file is not None and not Path(self.notice_file).is_absolute():
             raise ValueError(
                 f"notice_file={self.notice_file!r} must begin with /: workers have other working folders than this one"
             )
-        if self.notice_port and self.launcher == Launcher.PROCESSES:
+        if self.notice_port and not is_ray:
             raise ValueError("notice_port is for launcher=ray; processes of one machine take notice_file, or SIGTERM")
         return self
 

@@ -33,7 +33,7 @@ NEW = Past()
 class WorkerLauncher(Protocol):
     """Runs the workers of one attempt at a time."""
 
-    def check_capacity(self, past: Past = NEW) -> None:
+    def check_capacity(self, say: Say, past: Past = NEW) -> None:
         """Called once; for a new run before data is prepared. Raises BadInput, saying what is wanted and what there is.
 
         Args:

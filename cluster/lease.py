@@ -299,6 +299,11 @@ def holding(
                 lease.release()
 
 
+def exit_by_signal(number: int, _frame: Any) -> None:
+    """A handler: the stack is unwound, and the process ends with the code that shells tell of this signal."""
+    sys.exit(128 + number)
+
+
 @contextmanager
 def _sigterm_exits(*, enabled: bool) -> Iterator[None]:
     """SIGTERM unwinds the stack as Ctrl-C does, unless somebody handles it already."""
@@ -306,7 +311,7 @@ def _sigterm_exits(*, enabled: bool) -> Iterator[None]:
     if not unhandled or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGTERM, exit_by_signal)
     try:
         yield
     finally:

@@ -72,7 +72,7 @@ class LocalProcesses:
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
 
-    def check_capacity(self, past: Past = NEW) -> None:
+    def check_capacity(self, say: Say, past: Past = NEW) -> None:
         """One GPU a worker where GPUs are used; CPU workers may share cores."""
         import torch
 

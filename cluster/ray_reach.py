@@ -26,10 +26,6 @@ _ASK_AGAIN_S = 60.0
 _TELL_AFTER_S = 30.0
 
 
-def _mark() -> str:
-    return f"reach-{uuid.uuid4().hex[:12]}"
-
-
 @dataclass
 class _Newcomer:
     """A machine that joined after the start, of which it is not known that it has what workers need."""
@@ -39,7 +35,6 @@ class _Newcomer:
     """what it answered last; empty before it has"""
     answered_at: float = 0.0
     asked_at: float = 0.0
-    mark: str = ""
     reference: Any = None
     """Ray's, to the answer that is waited for"""
     told: bool = False
@@ -73,12 +68,8 @@ class Reach:
         others = sorted(set(nodes) - self._fit)
         if not others:
             return
-        needs = self._needs_marked(_mark())
-        self._run.write(needs.mark, [b""])
-        try:
-            answers = ask_nodes(others, find_out_of_reach, needs, about="the run, its data and base", say=self._say)
-        finally:
-            self._run.delete_file(needs.mark)
+        needs = self._needs_marked()
+        answers = ask_nodes(others, find_out_of_reach, needs, about="the run, its data and base", say=self._say)
         addresses = ray_nodes.addresses()
         lacking = sorted(f"  {addresses[node]}: {answer}" for node, answer in answers.items() if answer)
         if lacking:
@@ -91,15 +82,20 @@ class Reach:
             )
         self._fit.update(answers)
 
-    def kept_out(self, nodes: Collection[str]) -> frozenset[str]:
-        """Those of these machines that should get no worker, or not yet. Does not wait for their answers."""
+    def fit(self, nodes: Collection[str]) -> frozenset[str]:
+        """Those of these machines that may get workers. Does not wait for answers."""
         with self._looking:
             for node in set(nodes) - self._fit:
                 try:
                     self._look_at(node)
                 except OSError as error:  # of the storage; the next look may find it well
-                    log.warning("node %s could not be asked for what workers need: %s", node, error)
-            return frozenset(nodes) - self._fit
+                    log.warning("nodes that joined could not be asked for what workers need: %s", error)
+                    break
+            return frozenset(nodes) & self._fit
+
+    def lacking(self) -> frozenset[str]:
+        """Those that have answered that they lack something."""
+        return frozenset(node for node, it in self._newcomers.items() if it.lacks)
 
     def _look_at(self, node: str) -> None:
         it = self._newcomers.get(node)
@@ -117,7 +113,6 @@ class Reach:
             return
         answer = _answer(it.reference)
         it.reference, it.answered_at = None, now
-        self._forget(it.mark)
         if not answer:
             self._fit.add(node)
             del self._newcomers[node]
@@ -127,25 +122,22 @@ class Reach:
             self._say(f"{it.address} {told}")
 
     def _ask(self, node: str, it: _Newcomer) -> None:
-        needs = self._needs_marked(_mark())
-        self._run.write(needs.mark, [b""])
-        it.mark, it.asked_at, it.told = needs.mark, time.monotonic(), False
-        it.reference = ask_node(node, find_out_of_reach, needs)
+        it.reference = ask_node(node, find_out_of_reach, self._needs_marked())
+        it.asked_at, it.told = time.monotonic(), False
 
-    def _needs_marked(self, mark: str) -> Needs:
+    def _needs_marked(self) -> Needs:
+        """With a mark of this launcher's own beside the run, by which the place is known."""
         if self._needs is None:
-            self._needs = Needs.of(self._spec, mark)
-        return self._needs._replace(mark=mark)
-
-    def _forget(self, mark: str) -> None:
-        with suppress(OSError):
-            self._run.delete_file(mark)
+            needs = Needs.of(self._spec, f"reach-{uuid.uuid4().hex[:12]}")
+            self._run.write(needs.mark, [b""])
+            self._needs = needs
+        return self._needs
 
     def close(self) -> None:
         """What was not answered is not waited for."""
-        for it in self._newcomers.values():
-            if it.reference is not None:
-                self._forget(it.mark)
+        if self._needs is not None:
+            with suppress(OSError):
+                self._run.delete_file(self._needs.mark)
 
 
 def _is_answered(reference: Any) -> bool:

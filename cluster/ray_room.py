@@ -15,6 +15,7 @@ from data_shards.errors import BadInput
 from trainer.config import WorkerSpec
 from trainer.run_directory import Say
 
+_NODE_ID = "ray.io/node-id"
 _TELL_AFTER_S = 5.0
 _LOOK_S, _CAPACITY_LOOK_S = 1.0, 0.5
 _PLACE_S = 10.0
@@ -36,13 +37,15 @@ class Room:
         """What each worker takes."""
         return {"CPU": self._config.cpus_per_worker} | ({"GPU": 1.0} if self.use_gpu else {})
 
-    def check_capacity(self, past: Past) -> None:
+    def check_capacity(self, say: Say, past: Past) -> None:
         """As ``WorkerLauncher.check_capacity``. Waits ``wait_for_capacity_s`` for nodes that may still be joining, also
         for a first one with GPUs, where it is not said whether to use them."""
         self._past = past
         deadline = time.monotonic() + self._config.wait_for_capacity_s
         if self._is_settled():
             return
+        wanted = "a node with a GPU (cluster.use_gpu=false: none is needed)" if self._is_enough() else self._needs()
+        say(f"waiting {self._config.wait_for_capacity_s:g} s (cluster.wait_for_capacity_s) for {wanted}")
         # An autoscaler sees the need, where it is known of what: it would else bring machines that are of no use.
         with nullcontext() if self._said is None else self._asked_for(self._config.min_workers, frozenset()):
             while not self._is_settled():
@@ -73,7 +76,8 @@ class Room:
         return True if self._config.use_gpu is None and self._past.on_gpus else self._config.use_gpu
 
     def _is_enough(self) -> bool:
-        may_wait = self._past.has_begun and self._others_may_join
+        is_known = self._said is not None or self._past.on_gpus is not None
+        may_wait = self._past.has_begun and is_known and self._others_may_join
         return may_wait or self._capacity() >= self._config.min_workers
 
     def _capacity(self) -> int:
@@ -87,17 +91,18 @@ class Room:
 
     def free(self) -> list[ray_nodes.Resources]:
         """What nobody uses on the machines that may get workers."""
-        out = self._kept_out()
-        return [has for node, has in ray_nodes.free().items() if node not in out]
+        fit = self._fit()
+        return [has for node, has in ray_nodes.free().items() if node in fit]
 
     def more(self, num_workers: int) -> int:
         """How many workers could be placed now beside so many that have their place, by ``cluster.workers.max``."""
         lacking = self._config.num_workers - num_workers
         return min(lacking, ray_nodes.bundles_that_fit(self.free(), self.bundle)) if lacking > 0 else 0
 
-    def label_selector(self) -> dict[str, str]:
-        """Ray's, of the machines that may get workers."""
-        return _all_but(self._kept_out())
+    def label_selector(self) -> dict[str, str] | None:
+        """Ray's, of the machines that may get workers. They are named, not those that may not: more may join before the
+        workers have their place. None: all."""
+        return {_NODE_ID: f"in({','.join(sorted(self._fit()))})"} if self._reach is not None else None
 
     def wait(self, cancelled: Callable[[], bool], say: Say) -> int:
         """As ``WorkerLauncher.wait_for_room``. Asks Ray itself, by a placement group like the one that the workers will
@@ -106,13 +111,11 @@ class Room:
         bounds, most = self._config.workers, self._config.num_workers
         started, told = time.monotonic(), False
         while True:
-            out = self._kept_out()
+            waited = time.monotonic() - started
+            out = self._kept_out(waited)
             with self._asked_for(most, out) as is_there:
-                while True:
-                    is_placed = is_there(_LOOK_S)
-                    if self._kept_out() != out:  # it may be on a machine that has just joined
-                        break
-                    if is_placed:
+                while self._kept_out(waited) == out:
+                    if is_there(_LOOK_S):
                         return most
                     waited = time.monotonic() - started
                     if cancelled() or waited > self._config.wait_for_room_s:
@@ -122,6 +125,15 @@ class Room:
                     if waited > _TELL_AFTER_S and not told:
                         told = True
                         self._tell_waiting(say)
+
+    def _kept_out(self, waited: float) -> frozenset[str]:
+        """Machines that are not asked for. Those that have joined, and have not answered yet, are: else an autoscaler
+        would bring others in their stead. Not where fewer workers may begin in the meantime."""
+        if self._reach is None:
+            return frozenset()
+        bounds, nodes = self._config.workers, self._large_enough()
+        fit, lacking = self._reach.fit(nodes), self._reach.lacking()
+        return frozenset(nodes) - fit if bounds and waited > bounds.settle_s else lacking
 
     def _tell_waiting(self, say: Say) -> None:
         say(
@@ -134,33 +146,39 @@ class Room:
         number = self.more(0)
         if number < bounds.min:
             return 0
-        with self._asked_for(number, self._kept_out()) as is_there:
+        with self._asked_for(number, frozenset(self._large_enough()) - self._fit()) as is_there:
             return number if is_there(_PLACE_S) else 0
 
     @contextmanager
     def _asked_for(self, num_workers: int, out: frozenset[str]) -> Iterator[Callable[[float], bool]]:
-        """What says, after so many seconds at most, whether these workers have their place, on none of those
-        machines."""
-        from ray.util import placement_group, remove_placement_group
+        """What says, after so many seconds at most, whether these workers have their place, on none of those machines
+        and on none that may not get workers."""
+        from ray.util import placement_group, placement_group_table, remove_placement_group
 
-        where = [_all_but(out)] * num_workers if out else None
+        where = [{_NODE_ID: f"!in({','.join(sorted(out))})"}] * num_workers if out else None
         group = placement_group([self.bundle] * num_workers, strategy="PACK", bundle_label_selector=where)
+
+        def is_there(seconds: float) -> bool:
+            if not group.wait(seconds):
+                return False
+            if self._reach is None or set(placement_group_table(group)["bundles_to_node_id"].values()) <= self._fit():
+                return True
+            time.sleep(_LOOK_S)  # it holds its place on a machine that has yet to answer
+            return False
+
         try:
-            yield lambda seconds: bool(group.wait(seconds))
+            yield is_there
         finally:
             remove_placement_group(group)
 
-    def _staying(self) -> dict[str, ray_nodes.Resources]:
+    def _fit(self) -> frozenset[str]:
         """The machines that may get workers."""
-        out = self._kept_out()
-        return {node: has for node, has in ray_nodes.staying().items() if node not in out}
+        nodes = self._large_enough()
+        return self._reach.fit(nodes) if self._reach is not None else frozenset(nodes)
 
     def _large_enough(self) -> list[str]:
         """For a worker at least, were they empty."""
         return [node for node, has in ray_nodes.staying().items() if ray_nodes.bundles_that_fit([has], self.bundle)]
-
-    def _kept_out(self) -> frozenset[str]:
-        return self._reach.kept_out(self._large_enough()) if self._reach is not None else frozenset()
 
     def _needs(self) -> str:
         per_worker = " and ".join(f"{amount:g} {name}" for name, amount in self.bundle.items())
@@ -170,14 +188,11 @@ class Room:
         return f"cluster.{name}={number} with {per_worker} each{gpus}"
 
     def _has(self) -> str:
-        nodes = (f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in self._staying().values())
+        lacking = self._reach.lacking() if self._reach is not None else ()
+        staying = [has for node, has in ray_nodes.staying().items() if node not in lacking]
+        nodes = (f"{has.get('CPU', 0):g} CPU, {has.get('GPU', 0):g} GPU" for has in staying)
         return "; ".join(nodes) or "no node"
 
     def close(self) -> None:
         if self._reach is not None:
             self._reach.close()
-
-
-def _all_but(nodes: frozenset[str]) -> dict[str, str]:
-    """Ray's label selector."""
-    return {"ray.io/node-id": f"!in({','.join(sorted(nodes))})"} if nodes else {}

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 from cluster import ray_nodes
 from cluster.config import ClusterConfig, MetricsConfig
 from cluster.launcher import NEW, Past
+from cluster.lease import exit_by_signal
 from cluster.notice_server import NoticeServer
 from cluster.ray_room import Room
 from cluster.ray_session import Session, open_board, supervise
@@ -99,11 +101,11 @@ def _join() -> None:
 
     try:
         ray.init(address="auto", log_to_driver=True)
-    except (OSError, RuntimeError, AuthenticationError) as error:
+    except (OSError, RuntimeError, ValueError, AuthenticationError) as error:
         raise BadInput(
-            f"RAY_ADDRESS={address}: the Ray cluster can't be joined ({str(error).strip().splitlines()[0]}). Is it "
-            "there, and reached from here? If it wants a token, set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or "
-            "RAY_AUTH_TOKEN_PATH to its own"
+            f"RAY_ADDRESS={address}: the Ray cluster can't be joined ({' '.join(str(error).split())[:500]}). Is it "
+            "there, at the port of its control store (6379), and reached from here? If it wants a token, set "
+            "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to its own"
         ) from error
 
 
@@ -129,25 +131,27 @@ def _embed(slots: int) -> None:
 
 @contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """``ray.init`` takes the signal, to exit with 15, which is in nobody's table of exit codes."""
+    """``ray.init`` takes the signal, to exit with 15, which is in nobody's table of exit codes. Whoever took it before
+    keeps it; else it unwinds the stack with the code that shells tell of it."""
     is_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if is_main and handler is not None:
-            signal.signal(signal.SIGTERM, handler)
+        if is_main and before is not None:
+            signal.signal(signal.SIGTERM, exit_by_signal if before == signal.SIG_DFL else before)
 
 
 @contextmanager
 def connected() -> Iterator[None]:
     """Connected to Ray meanwhile; where a launcher has done so already, nothing happens."""
-    import ray
-
-    if ray.is_initialized():
+    imported = sys.modules.get("ray")  # not imported here: the embedded one's token comes before
+    if imported is not None and imported.is_initialized():
         yield
         return
     connect(os.cpu_count() or 1)
+    import ray
+
     try:
         yield
     finally:
@@ -191,8 +195,8 @@ class RayTrain:
         except (RayError, OSError, RuntimeError) as error:  # the next attempt may be placed there, and leave it again
             log.warning("Ray could not be told to place nothing on node %s: %s", node, error)
 
-    def check_capacity(self, past: Past = NEW) -> None:
-        self._room.check_capacity(past)
+    def check_capacity(self, say: Say, past: Past = NEW) -> None:
+        self._room.check_capacity(say, past)
 
     def check_reach(self, spec: WorkerSpec, say: Say) -> None:
         self._room.check_reach(spec, say)
@@ -248,7 +252,7 @@ class RayTrain:
                 num_workers=num_workers,
                 use_gpu=self._room.use_gpu,
                 resources_per_worker=self._room.bundle,
-                label_selector=self._room.label_selector() or None,
+                label_selector=self._room.label_selector(),
             ),
             run_config=RunConfig(
                 name="ray",

@@ -15,7 +15,7 @@ if __package__ in (None, ""):  # as a script: `python launch/evaluate.py`
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cluster.failures import root_cause
-from cluster.launcher import WorkerLauncher, launching
+from cluster.launcher import NEW, Past, WorkerLauncher, launching
 from data_shards.errors import BadInput, BatonError
 from data_shards.prepare import VALIDATION, Prepared
 from data_shards.reading.shard_reader import SplitReader
@@ -35,6 +35,7 @@ from launch.places import open_run
 from launch.torchrun import agree
 from trainer.base_location import locate_base
 from trainer.config import EvaluationTask, WorkerSpec
+from trainer.events import has_trained_on_gpus
 from trainer.progress_log import say
 from trainer.run_directory import RunDirectory, read_json
 from trainer.worker import run_worker
@@ -107,9 +108,9 @@ def make_spec(config: Config, request: Request) -> WorkerSpec:
     )
 
 
-def run_evaluation(spec: WorkerSpec, launcher: WorkerLauncher) -> dict[str, Any]:
+def run_evaluation(spec: WorkerSpec, launcher: WorkerLauncher, past: Past = NEW) -> dict[str, Any]:
     """The result that the workers wrote. Raises what they failed with: BadInput, or EvaluationFailed."""
-    launcher.check_capacity()
+    launcher.check_capacity(say, past)
     launcher.check_reach(spec, say)
     num_workers = launcher.wait_for_room(lambda: False, say)
     if not num_workers:
@@ -182,7 +183,9 @@ def main(arguments: Sequence[str]) -> int:
         return evaluate_under_torchrun(config, request)
     spec = make_spec(config, request)
     with launching(config.cluster) as launcher:
-        result = run_evaluation(spec, launcher)
+        # One of a run that has trained without GPUs does not wait for any.
+        past = Past(on_gpus=False) if has_trained_on_gpus(open_run(config)) is False else NEW
+        result = run_evaluation(spec, launcher, past)
     tell(spec, result)
     return ExitCode.DONE
 

@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def dry_run(config: Config) -> int:
     with launching(config.cluster) as launcher:
-        launcher.check_capacity()
+        launcher.check_capacity(say, Past(on_gpus=has_trained_on_gpus(open_run(config))))
         job = make_job(config, say)
         describe(job)
         settle(job, say, record=False)
@@ -126,7 +126,7 @@ def carry_on(config: Config, lease: Lease) -> int:
     """From wherever the run stands to its end, or to what ends this submission."""
     with launching(config.cluster) as launcher:
         if not open_run(config).lineage():
-            launcher.check_capacity()
+            launcher.check_capacity(say)
         job = make_job(config, say)
         describe(job)
         action = train(job, launcher, lease)
@@ -146,7 +146,7 @@ def train(job: Job, launcher: WorkerLauncher, lease: Lease) -> Action:
         tell_finished(job, lease, standing, say)
         return Action.FINISH
     if job.run.lineage():  # a new run's was checked before its data was prepared
-        launcher.check_capacity(Past(has_begun=True, on_gpus=has_trained_on_gpus(job.run)))
+        launcher.check_capacity(say, Past(has_begun=True, on_gpus=has_trained_on_gpus(job.run)))
     check_fits(job, standing)
     launcher.check_reach(job.spec("", standing.newest), say)
     monitor = launcher.open_monitor(job.config.run.name, job.run.storage.uri, job.config.metrics)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import NamedTuple
 
-from data_shards.errors import BatonError
+from data_shards.errors import BatonError, DatasetCorrupt
 from data_shards.reading.shard_reader import SplitReader, read_dataset_manifest
 from data_shards.storage import Storage
 from trainer.base_location import locate_base, sketch_of
@@ -43,6 +43,8 @@ def find_out_of_reach(needs: Needs, patience_s: float = _PATIENCE_S) -> str:
     """What this machine lacks; empty: nothing. A base from the hub is downloaded on the way, for workers to find."""
     try:
         return _run_out_of_reach(needs, patience_s) or _data_out_of_reach(needs) or _weights_out_of_reach(needs)
+    except DatasetCorrupt as error:
+        return error.problem  # from elsewhere it may be well, so no advice to delete it
     except (OSError, BatonError) as error:
         return str(error)
 

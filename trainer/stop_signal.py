@@ -21,6 +21,7 @@ from trainer.run_directory import RunDirectory, StopKind, StopRequest
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+_TELL_S = 5.0
 MOST_SECONDS = 366 * 86400.0
 """Nobody gives notice earlier; what is infinite, or near it, is no time for Ray."""
 
@@ -42,8 +43,9 @@ class StopSignal:
         self._node = node
         self._request: StopRequest | None = None
         self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="stop-signal")
         if rank == 0 or self._notice_file:
-            threading.Thread(target=self._watch, daemon=True, name="stop-signal").start()
+            self._thread.start()
 
     def _watch(self) -> None:
         while not self._closed.wait(POLL_SECONDS):
@@ -77,7 +79,11 @@ class StopSignal:
         return max(0.0, request.deadline - time.time())
 
     def close(self) -> None:
+        """Where a notice is being passed on to the driver, that is waited for a little: the next attempt would else be
+        placed on the same machine."""
         self._closed.set()
+        if self._thread.ident is not None:
+            self._thread.join(_TELL_S)
 
 
 def _of_file(notice: Path) -> StopRequest:

@@ -28,6 +28,16 @@ def _run(script: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
     )
 
 
+_PREPARES = """
+import sys
+from cluster.ray_train import connected
+assert "ray" not in sys.modules
+with connected():
+    import ray
+    assert ray.get(ray.remote(lambda: 7).remote()) == 7
+"""
+
+
 def test_it_takes_its_own_command_alone_and_leaves_it_its_exit_code() -> None:
     env = environment()
     del env["RAY_AUTH_MODE"]
@@ -35,11 +45,22 @@ def test_it_takes_its_own_command_alone_and_leaves_it_its_exit_code() -> None:
         assert own.stdout is not None
         address = own.stdout.readline().strip()
         outsider = dict(environment(), RAY_ADDRESS=address)
-        joined = subprocess.run(
-            [sys.executable, "-c", _JOINS], env=outsider, capture_output=True, text=True, check=False
-        )
+        joined = _run(_JOINS, outsider)
         os.kill(own.pid, signal.SIGTERM)
         assert own.wait(60) == 143
     assert joined.returncode == 2 and "Traceback" not in joined.stderr, joined.stderr
     assert f"baton: RAY_ADDRESS={address}: the Ray cluster can't be joined" in joined.stderr
     assert "RAY_AUTH_TOKEN" in joined.stderr
+
+
+def test_one_that_prepares_has_a_token_too() -> None:
+    env = environment()
+    del env["RAY_AUTH_MODE"]
+    done = _run(_PREPARES, env)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_address_of_a_cluster_is_told() -> None:
+    done = _run(_JOINS, environment(RAY_ADDRESS="http://10.0.0.1:8265"))
+    assert done.returncode == 2 and "RAY_ADDRESS=http://10.0.0.1:8265: the Ray cluster can't be joined" in done.stderr
+    assert "Traceback" not in done.stderr

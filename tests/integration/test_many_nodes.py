@@ -144,6 +144,9 @@ def voyage(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Iter
         try:
             travel(made, one, two)
             yield made
+        except BaseException:
+            print(made.command.output[-12_000:] if made.command is not None else "")
+            raise
         finally:
             if made.command is not None:
                 made.command.kill()

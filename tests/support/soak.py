@@ -132,10 +132,12 @@ class Soak:
             "a second launcher": self._launch_twice,
             "a launcher that takes the run over": self._take_over,
             "`baton stop`": self._stop_by_name,
-            **(self._faults_of_processes() if self.launcher == "processes" else {}),
+            **self._faults_of_launcher(),
         }
 
-    def _faults_of_processes(self) -> dict[str, Callable[[], None]]:
+    def _faults_of_launcher(self) -> dict[str, Callable[[], None]]:
+        if self.launcher == "ray":
+            return {"SIGTERM of a worker": lambda: self._signal_worker(signal.SIGTERM)}
         return {"SIGTERM of all its processes": self._stop_all, "a notice by a file": self._give_notice}
 
     def _workers(self) -> list[int]:

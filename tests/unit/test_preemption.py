@@ -185,40 +185,43 @@ def test_room_for_more_is_looked_for_once_it_trains(lookout: Lookout) -> None:
 
 def test_gpus_of_the_run_so_far_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes may still be joining."""
+    said: list[str] = []
     there = [{"a": {"CPU": 8.0}}]
     monkeypatch.setattr(ray_nodes, "staying", lambda: there[-1])
     on_gpus = Past(has_begun=True, on_gpus=True)
     room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0), others_may_join=False)
-    room.check_capacity(Past())
+    room.check_capacity(said.append, Past())
     assert "GPU" not in room.bundle
     with pytest.raises(BadInput, match=r"1 GPU each \(the run has trained on GPUs so far\. .* has 8 CPU, 0 GPU"):
-        room.check_capacity(on_gpus)
+        room.check_capacity(said.append, on_gpus)
     room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=30))
-    room.check_capacity(on_gpus)
+    room.check_capacity(said.append, on_gpus)
     assert room.bundle["GPU"] == 1, "they are waited for before the attempt"
     room = Room(ClusterConfig(num_workers=2, use_gpu=False))
-    room.check_capacity(on_gpus)
+    room.check_capacity(said.append, on_gpus)
     assert "GPU" not in room.bundle, "on purpose"
 
 
 def test_gpus_that_come_a_little_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new run would else begin, and stay, on the processors of the head."""
+    said: list[str] = []
     there = [{"a": {"CPU": 8.0}}]
     monkeypatch.setattr(ray_nodes, "staying", lambda: there[-1])
     room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0.2))
-    room.check_capacity(Past())
+    room.check_capacity(said.append, Past())
     assert "GPU" not in room.bundle, "none comes"
+    assert len(said) == 1 and "0.2 s (cluster.wait_for_capacity_s) for a node with a GPU" in said[0]
     room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=30))
-    room.check_capacity(Past(has_begun=True, on_gpus=False))
+    room.check_capacity(said.append, Past(has_begun=True, on_gpus=False))
     assert "GPU" not in room.bundle, "it has trained without"
     threading.Timer(0.6, there.append, [{"a": {"CPU": 8.0}, "b": {"CPU": 8.0, "GPU": 2.0}}]).start()
-    room.check_capacity(Past())
+    room.check_capacity(said.append, Past())
     assert room.bundle["GPU"] == 1
 
 
 def test_a_run_that_has_begun_waits_for_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_nodes, "staying", lambda: {"a": {"CPU": 1.0}})
-    asked: list[int] = []
+    asked, said = list[int](), list[str]()
 
     def ask(self: Room, num_workers: int, out: frozenset[str]) -> AbstractContextManager[None]:
         asked.append(num_workers)
@@ -227,14 +230,19 @@ def test_a_run_that_has_begun_waits_for_its_machines(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Room, "_asked_for", ask)
     room = Room(ClusterConfig(num_workers=2, use_gpu=False, wait_for_capacity_s=0))
     with pytest.raises(BadInput, match=r"cluster\.num_workers=2 with 1 CPU each can't be placed: .* room for 1"):
-        room.check_capacity(Past())
+        room.check_capacity(said.append, Past())
     assert asked == [2], "for an autoscaler"
-    room.check_capacity(Past(has_begun=True))
+    room.check_capacity(said.append, Past(has_begun=True))
+    unknown = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0))
+    with pytest.raises(BadInput, match="room for 1"):  # it would begin without the GPUs that may yet come
+        unknown.check_capacity(said.append, Past(has_begun=True))
+    unknown.check_capacity(said.append, Past(has_begun=True, on_gpus=False))
 
 
 def test_room_that_others_took_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     late = ControllerError(WorkerGroupStartupTimeoutError(2))
     room = Room(ClusterConfig(num_workers=2))
+    monkeypatch.setattr(ray_nodes, "staying", lambda: {"a": {"CPU": 4.0}})
     monkeypatch.setattr(ray_nodes, "free", lambda: {"a": {"CPU": 1.0}})
     assert room_was_taken(late, room, 2)
     assert not room_was_taken(ControllerError(RuntimeError("of its own")), room, 2)

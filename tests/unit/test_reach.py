@@ -71,6 +71,12 @@ def test_data_that_is_not_there_is_other_data_or_is_damaged(machine: Machine) ->
     assert machine.lacks() == f"{machine.folder}/data is not there (data.prepared)"
 
 
+def test_a_bad_read_there_is_no_advice_to_delete_the_data(machine: Machine) -> None:
+    shard = min((machine.folder / "data").glob("*.arrow"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert shard.name in machine.lacks() and "delete" not in machine.lacks()
+
+
 def test_a_base_that_is_not_there_or_is_another(machine: Machine) -> None:
     weights = machine.folder / "base" / "model.safetensors"
     whole = bytearray(weights.read_bytes())
@@ -118,19 +124,21 @@ def test_who_joins_gets_workers_once_it_has_what_they_need(machine: Machine, mon
     manifest = machine.folder / "data" / MANIFEST
     manifest.rename(machine.folder / "away")
 
-    def kept_out(seconds: float) -> set[str]:
+    def fit(seconds: float) -> set[str]:
         clock[0] += seconds
-        return set(reach.kept_out({"old", "new"}))
+        return set(reach.fit({"old", "new"}))
 
-    assert kept_out(1) == {"new"} and kept_out(31) == {"new"}
+    assert fit(1) == fit(31) == {"old"} and reach.lacking() == set()
     assert said == ["10.0.0.9 has joined; it gets workers once it has found the run, its data and base"]
     answered[0] = True
-    assert kept_out(1) == {"new"}
+    assert fit(1) == {"old"} and reach.lacking() == {"new"}
     assert said.pop() == f"10.0.0.9 gets no workers: {machine.folder}/data is not there (data.prepared)"
     (machine.folder / "away").rename(manifest)
-    assert kept_out(30) == kept_out(29) == {"new"}, "it is not asked every second"
-    assert kept_out(2) == {"new"} and kept_out(1) == set()
+    assert fit(30) == fit(29) == {"old"}, "it is not asked every second"
+    assert fit(2) == {"old"} and fit(1) == {"old", "new"} and reach.lacking() == set()
     assert said.pop() == "10.0.0.9 now has what workers need"
+    assert len(list((machine.folder / "run").glob("reach-*"))) == 1
+    reach.close()
     assert not list((machine.folder / "run").glob("reach-*"))
 
 

@@ -371,7 +371,7 @@ def test_an_end_that_is_cut_off_is_none(run: RunDirectory) -> None:
 def stand_in_for_carrying_on(monkeypatch: pytest.MonkeyPatch, train: Any, export: Any) -> None:
     @contextmanager
     def launching(config: Any) -> Iterator[Any]:
-        yield SimpleNamespace(check_capacity=lambda: None)
+        yield SimpleNamespace(check_capacity=lambda say: None)
 
     for name, stand_in in (
         ("launching", launching),
