@@ -95,7 +95,8 @@ class Reach:
 
     def lacking(self) -> frozenset[str]:
         """Those that have answered that they lack something."""
-        return frozenset(node for node, it in self._newcomers.items() if it.lacks)
+        with self._looking:
+            return frozenset(node for node, it in self._newcomers.items() if it.lacks)
 
     def _look_at(self, node: str) -> None:
         it = self._newcomers.get(node)
