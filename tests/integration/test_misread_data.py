@@ -21,6 +21,7 @@ STEPS, EVERY, AT = 9, 3, 4
 @pytest.fixture(scope="module")
 def values(workshop: Workshop) -> dict[str, Any]:
     return workshop.values | {
+        "data": workshop.values["data"] | {"prepared": str(workshop.data / "prepared-to-misread")},
         "training": {"global_batch": 4, "micro_batch": 2, "steps": STEPS},
         "checkpoint": {"every_steps": EVERY},
     }
@@ -64,7 +65,7 @@ def test_a_shard_that_is_bad_where_it_is_kept(
     workshop: Workshop, values: dict[str, Any], undisturbed: RunFiles, tmp_path: Path
 ) -> None:
     prepared = tmp_path / "prepared"
-    shutil.copytree(workshop.data / "prepared", prepared)
+    shutil.copytree(workshop.data / "prepared-to-misread", prepared)
     (shard,) = prepared.glob("*/train-0*.arrow")
     contents = bytearray(shard.read_bytes())
     contents[len(contents) // 2] ^= 1
