@@ -44,6 +44,8 @@ class Room:
         deadline = time.monotonic() + self._config.wait_for_capacity_s
         if self._is_settled():
             return
+        if not self._others_may_join:
+            raise self._refusal()
         wanted = "a node with a GPU (cluster.use_gpu=false: none is needed)" if self._is_enough() else self._needs()
         say(f"waiting {self._config.wait_for_capacity_s:g} s (cluster.wait_for_capacity_s) for {wanted}")
         # An autoscaler sees the need, where it is known of what: it would else bring machines that are of no use.

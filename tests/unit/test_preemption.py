@@ -183,13 +183,27 @@ def test_room_for_more_is_looked_for_once_it_trains(lookout: Lookout) -> None:
     assert [request.kind for request in lookout.told] == [StopKind.RESIZE]
 
 
+@pytest.fixture
+def demanded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many workers Ray is asked for; asked in earnest, it would start a cluster in this process."""
+    numbers: list[int] = []
+
+    def ask(self: Room, num_workers: int, out: frozenset[str]) -> AbstractContextManager[None]:
+        numbers.append(num_workers)
+        return nullcontext()
+
+    monkeypatch.setattr(Room, "_asked_for", ask)
+    return numbers
+
+
+@pytest.mark.usefixtures("demanded")
 def test_gpus_of_the_run_so_far_are_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes may still be joining."""
     said: list[str] = []
     there = [{"a": {"CPU": 8.0}}]
     monkeypatch.setattr(ray_nodes, "staying", lambda: there[-1])
     on_gpus = Past(has_begun=True, on_gpus=True)
-    room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0), others_may_join=False)
+    room = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=60), others_may_join=False)
     room.check_capacity(said.append, Past())
     assert "GPU" not in room.bundle
     with pytest.raises(BadInput, match=r"1 GPU each \(the run has trained on GPUs so far\. .* has 8 CPU, 0 GPU"):
@@ -202,6 +216,7 @@ def test_gpus_of_the_run_so_far_are_waited_for(monkeypatch: pytest.MonkeyPatch) 
     assert "GPU" not in room.bundle, "on purpose"
 
 
+@pytest.mark.usefixtures("demanded")
 def test_gpus_that_come_a_little_later_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A new run would else begin, and stay, on the processors of the head."""
     said: list[str] = []
@@ -219,19 +234,13 @@ def test_gpus_that_come_a_little_later_are_used(monkeypatch: pytest.MonkeyPatch)
     assert room.bundle["GPU"] == 1
 
 
-def test_a_run_that_has_begun_waits_for_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_has_begun_waits_for_its_machines(monkeypatch: pytest.MonkeyPatch, demanded: list[int]) -> None:
+    said: list[str] = []
     monkeypatch.setattr(ray_nodes, "staying", lambda: {"a": {"CPU": 1.0}})
-    asked, said = list[int](), list[str]()
-
-    def ask(self: Room, num_workers: int, out: frozenset[str]) -> AbstractContextManager[None]:
-        asked.append(num_workers)
-        return nullcontext()
-
-    monkeypatch.setattr(Room, "_asked_for", ask)
     room = Room(ClusterConfig(num_workers=2, use_gpu=False, wait_for_capacity_s=0))
     with pytest.raises(BadInput, match=r"cluster\.num_workers=2 with 1 CPU each can't be placed: .* room for 1"):
         room.check_capacity(said.append, Past())
-    assert asked == [2], "for an autoscaler"
+    assert demanded == [2], "for an autoscaler"
     room.check_capacity(said.append, Past(has_begun=True))
     unknown = Room(ClusterConfig(num_workers=2, wait_for_capacity_s=0))
     with pytest.raises(BadInput, match="room for 1"):  # it would begin without the GPUs that may yet come
