@@ -64,9 +64,10 @@ def recoveries(folder: Path, launcher: str, rounds: int) -> list[Times]:
         step = EVERY + 3
         for attempt in range(1, rounds + 1):
             command.wait_for(rf"step {step}/\d+ ", 180)
-            pids = re.findall(r"worker rank 1 of 2: pid (\d+)", command.output)
+            # Waited for, too: Ray passes on the lines of each worker when it likes.
+            pid = int(command.wait_for(rf"attempt {attempt} \(\w+\): [\s\S]*worker rank 1 of 2: pid (\d+)")[1])
             marks = [time.perf_counter()]
-            os.kill(int(pids[-1]), signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)
             begun = rf"attempt {attempt + 1} \(\w+\): resuming from step (\d+)"
             for pattern in (
                 rf"attempt {attempt} failed",
